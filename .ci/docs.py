@@ -1,0 +1,41 @@
+"Build the documentation: with Quarto where it is on PATH, else nbdev's processing alone; every page must exist."
+import json,os,shutil,subprocess,sys
+from pathlib import Path
+
+top = Path(__file__).resolve().parent.parent
+
+def process():
+    "Write the processed notebooks to `_proc`, and return its path"
+    from nbdev.quarto import refresh_quarto_yml
+    from nbdev.serve import proc_nbs
+    refresh_quarto_yml()
+    shutil.rmtree('_proc', ignore_errors=True)
+    # A relative path: nbdev silently skips each file that has a dot-folder anywhere in its path.
+    return Path(proc_nbs('nbs', force=True, n_workers=int(os.environ.get('DOCS_WORKERS', 2))))
+
+def render(proc):
+    "Render `proc` with Quarto and move the site to `_docs`"
+    subprocess.run(['quarto','render','--no-cache'], cwd=proc, check=True)
+    shutil.rmtree('_docs', ignore_errors=True)
+    shutil.move(proc/'_docs', '_docs')
+
+def pages(folder, suffix):
+    "Fail unless each notebook has its non-empty page in `folder`"
+    names = sorted(p.stem for p in Path('nbs').glob('*.ipynb'))
+    missing = [n for n in names if not ((Path(folder)/n).with_suffix(suffix).exists()
+                                        and (Path(folder)/n).with_suffix(suffix).stat().st_size)]
+    if missing or not names: sys.exit(f"{folder}: no page for {', '.join(missing) or 'any notebook'}")
+    if suffix=='.ipynb':
+        empty = [n for n in names if not json.loads((Path(folder)/f'{n}.ipynb').read_text(encoding='utf-8'))['cells']]
+        if empty: sys.exit(f"{folder}: empty page for {', '.join(empty)}")
+    print(f'{len(names)} pages in {folder}')
+
+if __name__=='__main__':
+    os.chdir(top)
+    os.environ['PYTHONPATH'] = str(top) # the pages import this checkout, in worker processes too
+    proc = process()
+    pages('_proc', '.ipynb')
+    if shutil.which('quarto'):
+        render(proc)
+        pages('_docs', '.html')
+    else: print('Quarto is not on PATH: pages processed, not rendered')
