@@ -60,7 +60,7 @@ def distance_field(
     left = ab[:, 0] * y - points[:, :1] * ab[:, 1] > ab[:, 0] * a[:, 1] - a[:, 0] * ab[:, 1]
     a_past, b_past = a[:, 1] <= y, b[:, 1] <= y
     winding = (a_past & ~b_past & left).sum(1) - (b_past & ~a_past & ~left).sum(1)
-    return np.where(winding != 0, 1, -1) * np.sqrt(dist2.clip(0))
+    return np.where(winding != 0, 1, -1).astype(points.dtype) * np.sqrt(dist2.clip(0))
 
 # %% ../nbs/07_glyphs.ipynb #glyphs-stroke
 def mean_stroke(
@@ -87,7 +87,7 @@ def glyph_table() -> tuple: # Fields with their gradients `(faces * 10, 3, CELLS
             gy, gx = np.gradient(field, axis[1] - axis[0])
             fields.append(np.stack([field, gx, gy]))
             strokes.append(mean_stroke(p))
-    return torch.from_numpy(np.stack(fields)), torch.tensor(strokes)
+    return torch.from_numpy(np.stack(fields)).float(), torch.tensor(strokes)
 
 # %% ../nbs/07_glyphs.ipynb #glyphs-factor
 class Factor(NamedTuple):
