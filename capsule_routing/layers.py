@@ -63,10 +63,11 @@ class PrimaryCaps(nn.Module):
         self.conv = nn.Conv2d(in_ch, n_types*d_out, kernel, stride)
 
     def forward(self,
-        x:Tensor, # Feature maps, `(b, c, h, w)`
-    ) -> Tensor:  # Squashed poses, `(b, i, d)`, where `i` runs over types, then rows, then columns
+        x:Tensor, # Feature maps, `(b, c, h, w)`, at least `kernel` high and wide
+    ) -> Tensor:  # Squashed poses, `(b, i, d)`; `i` runs over types, then rows, then columns
+        "Poses of the capsules at every location."
         check_float("x", x, (None, self.conv.in_channels, None, None))
-        x = self.conv(x)                                            # (b, types*d, h', w')
+        x = self.conv(x)                                             # (b, types*d, h', w')
         u = rearrange(x, "b (t d) h w -> b (t h w) d", d=self.d_out) # (b, i, d)
         return squash(full_precision(u))
 
@@ -91,6 +92,7 @@ class RoutedCaps(nn.Module):
         u:Tensor,         # Lower poses, `(b, i, d)`
         trace:bool=False, # Return the `RoutingTrace` as well?
     ) -> Tensor:          # Upper poses, `(b, j, e)`; with `trace`, `(poses, RoutingTrace)`
+        "Vote and route (Eq. 2 and Procedure 1), in full precision under autocast too."
         n_in,_,d_in,_ = self.W.shape
         check_float("u", u, (None, n_in, d_in))
         with torch.autocast(u.device.type, enabled=False):
