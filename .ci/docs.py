@@ -1,4 +1,4 @@
-"Build the documentation: with Quarto where it is on PATH, else nbdev's processing alone; every page must exist."
+"Build the documentation: with Quarto where it is on PATH, else nbdev's processing alone, as with `--no-render`; every page must exist."
 import json,os,shutil,subprocess,sys
 from pathlib import Path
 
@@ -35,7 +35,8 @@ if __name__=='__main__':
     os.environ['PYTHONPATH'] = str(top) # the pages import this checkout, in worker processes too
     proc = process()
     pages('_proc', '.ipynb')
-    if shutil.which('quarto'):
+    if '--no-render' in sys.argv[1:]: pass
+    elif shutil.which('quarto'):
         render(proc)
         pages('_docs', '.html')
     else: print('Quarto is not on PATH: pages processed, not rendered')

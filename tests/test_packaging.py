@@ -1,0 +1,122 @@
+"The package as a user gets it: fresh processes, the checkout's own modules, and a wheel in an environment of its own."
+import ast,os,re,shutil,subprocess,sys,sysconfig,zipfile
+from configparser import ConfigParser
+from pathlib import Path
+import pytest
+
+top = Path(__file__).resolve().parent.parent
+lib = top/'capsule_routing'
+modules = sorted(p.stem for p in lib.glob('*.py') if not p.stem.startswith('_'))
+
+def clean_env(**kw):
+    "This process's environment without what would lead Python or the data sets elsewhere"
+    drop = ('PYTHONPATH','PYTHONHOME','CAPSULE_ROUTING_DATA','VIRTUAL_ENV')
+    return {k:v for k,v in os.environ.items() if k not in drop} | dict(OMP_NUM_THREADS='1', MPLBACKEND='agg') | kw
+
+def run(*args, timeout=300, **kw):
+    kw.setdefault('env', clean_env())
+    res = subprocess.run([str(o) for o in args], capture_output=True, text=True, timeout=timeout, **kw)
+    assert res.returncode==0, f"{' '.join(map(str,args))}\n{res.stdout}\n{res.stderr}"
+    return res.stdout
+
+def python(code, **kw): return run(sys.executable, '-c', code, cwd=top, **kw)
+
+@pytest.mark.parametrize('name', modules)
+def test_module_imports_alone(name):
+    "In a fresh process; no seed, number of threads, dtype or device is chosen at import"
+    out = python(f'''
+import torch
+def state(): return torch.get_rng_state().tolist(), torch.get_num_threads(), torch.get_default_dtype(), torch.cuda.is_initialized()
+before = state()
+import capsule_routing.{name} as m
+assert state()==before
+print(m.__file__)''')
+    assert Path(out.strip())==lib/f'{name}.py'
+
+public = '''lengths squash votes route route_factored RoutingTrace PrimaryCaps RoutedCaps margin_loss reconstruction_loss
+capsule_loss mask_capsules Decoder CapsConfig CapsNet CapsOut count_params make_glyphs load_data batches save_run load_run
+pick_device TrainConfig fit evaluate'''.split()
+
+def test_all_gives_the_public_names():
+    out = python('from capsule_routing.all import *\nimport capsule_routing.all as m\n'
+                 'assert all(n in globals() for n in m.__all__)\nprint(*m.__all__)').split()
+    assert set(public) <= set(out)
+    assert not [n for n in out if n.startswith('_')]
+    assert len(out)==len(set(out))
+
+def test_all_imports_nothing_heavy():
+    heavy = 'torchvision matplotlib IPython ipywidgets anywidget nbdev'.split()
+    out = python(f'import sys, capsule_routing.all\nprint([n for n in {heavy} if n in sys.modules])')
+    assert out.strip()=='[]'
+
+def test_pyflakes_clean():
+    files = [lib, top/'tests', top/'setup.py', *sorted((top/'.ci').glob('*.py'))]
+    run(sys.executable, '-m', 'pyflakes', *files)
+
+@pytest.mark.skipif(not (top/'.git').exists() or not shutil.which('git'), reason='compares the files that git tracks')
+def test_modules_equal_notebooks(): run(sys.executable, '.ci/fresh.py', cwd=top)
+
+def settings():
+    cfg = ConfigParser(delimiters=['='])
+    cfg.read(top/'settings.ini')
+    return cfg['DEFAULT']
+
+def test_pins():
+    "nbdev 3 reads no settings.ini, and newer execnb and fastcore break nbdev 2; none of them is needed at run time but fastcore"
+    dev,need = settings()['dev_requirements'].split(),settings()['requirements'].split()
+    assert {'nbdev==2.4.14','execnb<0.2','fastcore<2'} <= set(dev)
+    names = [re.split('[<>=]', o)[0] for o in need]
+    assert len(names)==len(set(names))
+    assert not {'nbdev','execnb','pytest'} & set(names)
+    assert all(re.search('>=', o) for o in need), 'each requirement names the oldest version that works'
+
+def test_imports_are_required():
+    "Every top-level package that the modules import is the standard library's, ours, or in `requirements`"
+    names = {re.split('[<>=]', o)[0] for o in settings()['requirements'].split()} | {'PIL','capsule_routing'} # pillow's module is PIL
+    found = set()
+    for p in lib.glob('*.py'):
+        for node in ast.walk(ast.parse(p.read_text(encoding='utf-8'))):
+            if isinstance(node, ast.Import): found |= {o.name.split('.')[0] for o in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level: found.add(node.module.split('.')[0])
+    assert found - names - set(sys.stdlib_module_names) == set()
+
+@pytest.fixture(scope='module')
+def wheel(tmp_path_factory):
+    "A wheel built from a copy of the checkout"
+    src,out = tmp_path_factory.mktemp('src'),tmp_path_factory.mktemp('wheel')
+    for name in 'setup.py settings.ini README.md LICENSE MANIFEST.in'.split(): shutil.copy(top/name, src)
+    shutil.copytree(lib, src/lib.name, ignore=shutil.ignore_patterns('__pycache__'))
+    run(sys.executable, '-m', 'build', '--wheel', '--no-isolation', '-o', out, src)
+    return next(out.glob('*.whl'))
+
+def test_wheel_holds_the_package(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    here = {p.relative_to(top).as_posix() for p in lib.rglob('*') if p.is_file() and '__pycache__' not in p.parts}
+    assert here <= names
+    rest = {n for n in names-here if '.dist-info/' not in n}
+    assert not rest, 'the wheel installs nothing beside the package'
+    assert [n for n in names if n.endswith('/LICENSE')]
+
+@pytest.fixture(scope='module')
+def installed(wheel, tmp_path_factory):
+    "A virtual environment with our wheel alone; what it requires comes from this environment's packages"
+    home = tmp_path_factory.mktemp('env')
+    run(sys.executable, '-m', 'venv', home)
+    bin = home/('Scripts' if os.name=='nt' else 'bin')
+    run(bin/'python', '-m', 'pip', 'install', '-q', '--no-deps', '--no-index', wheel)
+    site = Path(run(bin/'python', '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))').strip())
+    # .pth files of a folder that is itself named in a .pth are not read, so an editable install stays out.
+    deps = dict.fromkeys([sysconfig.get_path('purelib'), sysconfig.get_path('platlib')])
+    (site/'deps.pth').write_text('\n'.join(deps)+'\n')
+    return bin,site
+
+def test_wheel_trains_outside_the_checkout(installed, tmp_path):
+    bin,site = installed
+    where = run(bin/'python', '-c', 'import capsule_routing.all as m; print(m.__file__)', cwd=tmp_path).strip()
+    assert Path(where).is_relative_to(site)
+    out = run(bin/'capsule_train', '--dataset', 'glyphs', '--limit', '256', '--epochs', '1', '--batch-size', '64',
+              '--conv-channels', '8', '--no-cuda', '--out', tmp_path/'run', cwd=tmp_path)
+    assert re.search(r'\d+\.\d\d%', out) and 'glyphs' in out
+    assert {'config.json','history.json','last.safetensors','best.safetensors'} <= {p.name for p in (tmp_path/'run').iterdir()}
+    out = run(bin/'capsule_evaluate', tmp_path/'run', cwd=tmp_path)
+    assert re.search(r'\d+\.\d\d%', out)
