@@ -449,9 +449,9 @@ def halt(self:Trainer, signum):
 def test(self:Trainer):
     "Errors and losses on the test set: `(errors, n, loss, margin, recon)`, every image counted once over all processes."
     c, ds = self.cfg, self.test_set
-    if self.world > 1: ds = ds.take(torch.arange(self.rank, len(ds), self.world))
+    if self.world > 1: ds = ImageSet(ds.x[self.rank::self.world], ds.y[self.rank::self.world], ds.classes) if self.rank < len(ds) else None
     e, quit = None, (lambda: self.stop.signum is not None) if self.world == 1 else None
-    if len(ds): e = evaluate(self.net, ds, c.test_batch_size, c.precision, c.recon_weight, stop=quit)
+    if ds is not None: e = evaluate(self.net, ds, c.test_batch_size, c.precision, c.recon_weight, stop=quit)
     if e is None and self.world == 1: self.halt(self.stop.signum)
     s = torch.zeros(5, dtype=torch.float64, device=self.device)
     if e is not None: s += torch.tensor([e.n_errors, e.n, e.loss*e.n, e.margin*e.n, (e.recon or 0)*e.n], dtype=torch.float64, device=self.device)
