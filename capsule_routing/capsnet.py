@@ -47,11 +47,19 @@ class CapsConfig:
                              f"height and width must be at least {least}")
 
     @property
-    def image_shape(self) -> tuple: return self.channels,self.height,self.width
+    def image_shape(self) -> tuple:
+        "Channels, height, width."
+        return self.channels,self.height,self.width
+
     @property
-    def grid(self) -> tuple: return tuple((n-2*self.kernel+1)//2+1 for n in (self.height, self.width))
+    def grid(self) -> tuple:
+        "Rows and columns of primary locations."
+        return tuple((n-2*self.kernel+1)//2+1 for n in (self.height, self.width))
+
     @property
-    def n_primary(self) -> int: return self.n_types*self.grid[0]*self.grid[1]
+    def n_primary(self) -> int:
+        "Primary capsules, `i`."
+        return self.n_types*self.grid[0]*self.grid[1]
 
     def to_dict(self) -> dict:
         "Plain values, ready for JSON."
@@ -95,6 +103,7 @@ class CapsNet(nn.Module):
         x:Tensor,      # Images, `(b, c, h, w)`, from 0 to 1
         y:Tensor=None, # The capsule to reconstruct from, class indices `(b,)`; None takes the longest
     ) -> CapsOut:      # Lengths, poses, reconstruction
+        "Look at the images; the answer is in full precision under autocast too."
         check_float("x", x, (None, *self.cfg.image_shape))
         if can_look(x) and not x.isfinite().all(): raise ValueError("x must be finite, got NaN or infinity")
         u = self.primary(self.conv1(x).relu())  # (b, i, d)
