@@ -9,7 +9,7 @@ __all__ = ['FORMAT', 'CONFIG', 'HISTORY', 'LAST', 'BEST', 'LOCK', 'MAX_JSON', 'M
            'read_checkpoint']
 
 # %% ../nbs/09_runs.ipynb #imports
-import hashlib, json, math, os, re, stat, struct
+import hashlib, json, math, os, secrets, stat, struct
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Optional, Union
@@ -214,8 +214,8 @@ def _json(v) -> bytes:
 
 # %% ../nbs/09_runs.ipynb #full-config
 def full_config(net:CapsNet, config:Optional[dict]=None) -> dict:
-    "The config that goes into a run folder: the caller's, with format and network added."
-    return {**(config or {}), "format": FORMAT, "network": json.loads(json.dumps(net.cfg.to_dict()))}
+    "The config that goes into a run folder: the caller's, with format, a name for this run, and the network."
+    return {"run": secrets.token_hex(8), **(config or {}), "format": FORMAT, "network": json.loads(json.dumps(net.cfg.to_dict()))}
 
 # %% ../nbs/09_runs.ipynb #save-run
 def save_run(
@@ -231,7 +231,7 @@ def save_run(
     make_folder(path)
     with lock_run(path):
         write_atomic(path/CONFIG, _json(config))
-        for name in (BEST, LAST): write_tensors(path/name, weights, dict(config=config, history=history))
+        for name in (BEST, LAST): write_tensors(path/name, weights, dict(file=name, config=config, history=history))
         write_atomic(path/HISTORY, _json(history))
     return path
 
@@ -258,6 +258,12 @@ def lock_run(
     try: yield path
     finally: lock.release()
 
+# %% ../nbs/09_runs.ipynb #same-run
+def _same_run(file:Path, meta:dict, outer:dict):
+    "Refuse a file that was put in another's place, or comes from another run."
+    if meta.get("file") != file.name: raise _problem(file, f"was written as {str(meta.get('file'))[:40]}")
+    if meta["config"].get("run") != outer.get("run"): raise _problem(file, f"is of another run than {CONFIG}")
+
 # %% ../nbs/09_runs.ipynb #load-run
 class Run(NamedTuple):
     "A trained network and what is known about it."
@@ -281,6 +287,7 @@ def load_run(
     tensors, meta, cfg = read_tensors(file)
     config, history = meta["config"], meta.get("history")
     if outer.get("network") != config["network"]: raise _problem(path/CONFIG, f"describes another network than {file.name}")
+    _same_run(file, meta, outer)
     tensors = {k: tensors[k] for k in network_spec(cfg)}
     if (k := _finite(tensors)): raise _problem(file, f"{k!r} holds NaN or infinity")
     net = CapsNet(cfg)
@@ -303,8 +310,8 @@ def write_checkpoint(
 ):
     "Write the run's files, `last.safetensors` after `best` and before the copies that derive from it."
     m = ck.meta
-    if best: write_tensors(path/BEST, ck.weights, dict(config=m["config"], history=m["history"]))
-    write_tensors(path/LAST, {**ck.weights, **ck.moments, SUMS: ck.sums}, m)
+    if best: write_tensors(path/BEST, ck.weights, dict(file=BEST, config=m["config"], history=m["history"]))
+    write_tensors(path/LAST, {**ck.weights, **ck.moments, SUMS: ck.sums}, dict(m, file=LAST))
     write_atomic(path/HISTORY, _json(m["history"]))
 
 # %% ../nbs/09_runs.ipynb #read-checkpoint
@@ -314,6 +321,7 @@ def read_checkpoint(
     "Read `last.safetensors`, the only file that matters when a run goes on."
     file = Path(path)/LAST
     tensors, meta, cfg = read_tensors(file)
+    _same_run(file, meta, read_json(Path(path)/CONFIG) if (Path(path)/CONFIG).exists() else meta["config"])
     for k in ("epoch", "step", "global_step"):
         if type(meta.get(k)) is not int or meta[k] < 0: raise _problem(file, "holds weights but no training state to go on from")
     if SUMS not in tensors or not isinstance(meta.get("history"), list): raise _problem(file, "holds weights but no training state to go on from")

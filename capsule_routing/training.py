@@ -497,7 +497,8 @@ def open_run(self:Trainer, resume):
     if ck is not None: self.check_same(ck, about)
     c = self.cfg
     self.cfg = replace(c, precision=pick_precision(c.precision, self.device), threads=c.threads or torch.get_num_threads())
-    self.config = full_config(self.net, {**self.extra, "training": asdict(self.cfg), "data": about, "device": self.device.type,
+    was = {} if ck is None else {"run": ck.meta["config"].get("run")}
+    self.config = full_config(self.net, {**was, **self.extra, "training": asdict(self.cfg), "data": about, "device": self.device.type,
                               "versions": dict(capsule_routing=__version__, torch=torch.__version__, python=platform.python_version())})
     return ck
 

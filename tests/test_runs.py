@@ -1,0 +1,332 @@
+"Run folders: what is written comes back exactly, or is refused in one line that names the file."
+import json, os, pickle, struct, subprocess, sys, textwrap
+from pathlib import Path
+
+import pytest, torch
+from safetensors.torch import load_file, save_file
+
+from capsule_routing import runs
+from capsule_routing.capsnet import CapsConfig, CapsNet
+from capsule_routing.runs import (BEST, CONFIG, HISTORY, LAST, LOCK, RunLocked, digest, load_run, lock_run, read_checkpoint, read_json,
+                                  read_tensors, save_run, write_atomic, write_tensors)
+
+TINY = CapsConfig(height=20, width=20, conv_channels=4, n_types=2, d_primary=4, d_class=4, decoder=(8,))
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def run(tmp_path):
+    "A run folder with random weights; `.net` is what went in"
+    torch.manual_seed(0)
+    net = CapsNet(TINY)
+    save_run(tmp_path/"run", net, dict(note="a test"), [dict(epoch=1, test_accuracy=0.5)])
+    return tmp_path/"run", net
+
+
+def refused(path, name, *words, weights="last"):
+    "load_run refuses in one line that names the file"
+    with pytest.raises((ValueError, FileNotFoundError)) as e: load_run(path, weights)
+    line = str(e.value)
+    assert "\n" not in line and len(line) < 600 and name in line, line
+    for w in words: assert w in line, line
+
+
+def test_roundtrip_is_exact(run):
+    path, net = run
+    for w in ("last", "best"):
+        r = load_run(path, w)
+        assert digest(r.net.state_dict()) == digest(net.state_dict())
+        assert r.cfg == TINY and r.config["note"] == "a test" and r.history == [dict(epoch=1, test_accuracy=0.5)] and not r.net.training
+    assert {p.name for p in path.iterdir()} <= {CONFIG, HISTORY, LAST, BEST, LOCK}
+
+
+def test_plain_safetensors_hold_the_weights(run):
+    "Other programs can read the weights under their plain names"
+    path, net = run
+    assert set(load_file(path/BEST)) == set(net.state_dict())
+
+
+def test_nothing_here_unpickles():
+    "No module of the package calls torch.load or pickle"
+    for p in (ROOT/"capsule_routing").glob("*.py"):
+        text = p.read_text()
+        for bad in ("torch.load(", "pickle.load", "import pickle", "allow_pickle=True", "joblib", "weights_only=False"):
+            assert bad not in text, (p.name, bad)
+
+
+@pytest.mark.parametrize("name", [CONFIG, HISTORY, LAST, BEST])
+@pytest.mark.parametrize("how", ["pickle", "torch"])
+def test_pickle_in_place_of_a_file(run, tmp_path, name, how):
+    path, _ = run
+    class Payload:
+        def __reduce__(self): return Path.touch, (tmp_path/"pwned",)
+    if how == "pickle": (path/name).write_bytes(pickle.dumps(Payload()))
+    else: torch.save(dict(w=Payload()), path/name)
+    refused(path, name, weights="best" if name == BEST else "last")
+    assert not (tmp_path/"pwned").exists()
+
+
+@pytest.mark.parametrize("name", [CONFIG, LAST])
+def test_missing_file(run, name):
+    path, _ = run
+    (path/name).unlink()
+    refused(path, name, "no such file")
+
+
+def test_missing_folder(tmp_path): refused(tmp_path/"nowhere", "nowhere", "no such run folder")
+
+
+def test_unknown_weights(run):
+    with pytest.raises(ValueError, match="'newest'.*'last' or 'best'"): load_run(run[0], "newest")
+
+
+@pytest.mark.parametrize("name", [CONFIG, LAST])
+def test_folder_or_pipe_in_place_of_a_file(run, name):
+    "A pipe that nobody writes to would block a careless reader for ever"
+    path, _ = run
+    (path/name).unlink(); (path/name).mkdir()
+    refused(path, name, "not a regular file")
+    (path/name).rmdir(); os.mkfifo(path/name)
+    refused(path, name, "not a regular file")
+
+
+@pytest.mark.parametrize("text", ["", "{", "nul", "[1, 2]", "5", "[" * 200_000, '{"a": ' * 100_000, "\x00\x01", "NaN", '{"format": 1}', "1" * 10_000])
+def test_bad_config(run, text):
+    path, _ = run
+    (path/CONFIG).write_text(text)
+    refused(path, CONFIG)
+
+
+@pytest.mark.parametrize("cut", [0, 4, 8, 9, 100, -1, -4096])
+def test_truncated_weights(run, cut):
+    path, _ = run
+    raw = (path/LAST).read_bytes()
+    (path/LAST).write_bytes(raw[:cut])
+    refused(path, LAST)
+
+
+def test_every_bit_counts(run):
+    "A flipped bit in any weight is noticed"
+    path, _ = run
+    raw = (path/LAST).read_bytes()
+    for at in range(len(raw)-1, len(raw)//2, -len(raw)//40):
+        bad = bytearray(raw); bad[at] ^= 1 << at % 8
+        (path/LAST).write_bytes(bad)
+        refused(path, LAST, "sha256")
+
+
+@pytest.mark.parametrize("n", [2**63, 2**62, 2**31, 10**8, 0, 1])
+def test_lying_header_length(run, n):
+    path, _ = run
+    raw = (path/LAST).read_bytes()
+    (path/LAST).write_bytes(struct.pack("<Q", n) + raw[8:])
+    refused(path, LAST)
+
+
+def change_header(file, f):
+    "Rewrite a safetensors header with `f(header)`, leaving the data as it is"
+    raw = file.read_bytes()
+    n, = struct.unpack("<Q", raw[:8])
+    h = json.loads(raw[8:8+n]); f(h)
+    h = json.dumps(h).encode()
+    file.write_bytes(struct.pack("<Q", len(h)) + h + raw[8+n:])
+
+
+@pytest.mark.parametrize("shape", [[2**40, 2**40], [10**9]*4, [-1], ["a"], None, [1.5], [True], [], [2**200], {}])
+def test_lying_shapes(run, shape):
+    path, _ = run
+    change_header(path/LAST, lambda h: h["conv1.weight"].update(shape=shape))
+    refused(path, LAST)
+
+
+def test_lying_types_and_offsets(run):
+    path, _ = run
+    raw = (path/LAST).read_bytes()
+    for key, v in (("dtype", "F64"), ("dtype", "X"), ("dtype", 3), ("data_offsets", [0, 2**60]), ("data_offsets", [-5, 3]), ("data_offsets", None)):
+        (path/LAST).write_bytes(raw)
+        change_header(path/LAST, lambda h: h["conv1.weight"].update({key: v}))
+        refused(path, LAST)
+
+
+def test_names_of_another_network(run):
+    path, net = run
+    config = read_json(path/CONFIG)
+    w = dict(net.state_dict())
+    for change in (lambda w: w.pop("digit.W"), lambda w: w.update(extra=torch.zeros(3)), lambda w: w.update({"digit.W": torch.zeros(2, 2)}),
+                   lambda w: w.update({"digit.W": w["digit.W"].double()}), lambda w: w.update({"digit.W": w["digit.W"]*float("nan")})):
+        v = dict(w); change(v)
+        write_tensors(path/LAST, v, dict(file=LAST, config=config, history=[]))
+        refused(path, LAST)
+
+
+def test_safetensors_of_someone_else(run):
+    "A valid safetensors file that no run wrote"
+    path, net = run
+    save_file({k: v.contiguous() for k, v in net.state_dict().items()}, path/LAST)
+    refused(path, LAST, "not written by capsule_routing")
+
+
+def test_files_exchanged(run, tmp_path):
+    path, net = run
+    save_run(tmp_path/"other", CapsNet(TINY))
+    for a, b in ((path/LAST, path/BEST), (path/LAST, tmp_path/"other"/LAST), (path/CONFIG, path/HISTORY), (path/CONFIG, tmp_path/"other"/CONFIG)):
+        was = a.read_bytes()
+        a.write_bytes(b.read_bytes())
+        refused(path, "safetensors" if a.name == LAST else "")
+        a.write_bytes(was)
+    load_run(path)
+
+
+def test_config_of_another_network(run):
+    path, _ = run
+    c = read_json(path/CONFIG); c["network"]["d_class"] = 8
+    (path/CONFIG).write_text(json.dumps(c))
+    refused(path, CONFIG, "another network")
+
+
+@pytest.mark.parametrize("change", [dict(n_classes=10**9), dict(conv_channels=10**12), dict(conv_channels=2**62), dict(height=10**9, width=10**9),
+                                    dict(decoder=[8]*10**5), dict(decoder=[10**9]*50), dict(kernel=0), dict(n_types=-1), dict(nonsense=1), dict(d_class="x"),
+                                    dict(n_classes=None), dict(n_classes=1e9), dict(kernel=True), dict(decoder={})], ids=lambda d: str(d)[:30])
+def test_absurd_networks_are_refused_without_building_them(run, change):
+    "Also where header, config and digest agree with each other"
+    path, net = run
+    c = read_json(path/CONFIG); c["network"].update(change)
+    write_tensors(path/LAST, net.state_dict(), dict(file=LAST, config=c, history=[]))
+    (path/CONFIG).write_text(json.dumps(c))
+    refused(path, LAST)
+
+
+def test_newer_format(run):
+    path, net = run
+    c = read_json(path/CONFIG); c["format"] = 99
+    write_tensors(path/LAST, net.state_dict(), dict(file=LAST, config=c, history=[]))
+    refused(path, LAST, "99")
+
+
+def test_weights_alone_are_no_training_state(run):
+    with pytest.raises(ValueError, match="no training state"): read_checkpoint(run[0])
+
+
+def test_not_finite_is_not_saved(run, tmp_path):
+    net = CapsNet(TINY)
+    with torch.no_grad(): net.conv1.bias[0] = float("inf")
+    with pytest.raises(ValueError, match="conv1.bias.*NaN or infinity"): save_run(tmp_path/"bad", net)
+    assert not (tmp_path/"bad").exists()
+
+
+@pytest.mark.parametrize("where", ["write", "fsync", "replace"])
+def test_atomic_write_that_fails(tmp_path, monkeypatch, where):
+    "Whatever step of the write fails, the old file stands and nothing lies beside it"
+    f = tmp_path/"file"
+    write_atomic(f, b"old")
+    def fail(*a, **k): raise OSError(28, "No space left on device")
+    if where == "write":
+        real = open
+        class Half:
+            def __init__(self, f): self.f = f
+            def write(self, d): self.f.write(d[:len(d)//2]); self.f.flush(); fail()
+            def __enter__(self): return self
+            def __exit__(self, *a): self.f.close()
+        monkeypatch.setattr(runs, "open", lambda *a: Half(real(*a)), raising=False)
+    else: monkeypatch.setattr(os, where, fail)
+    with pytest.raises(OSError, match="No space left"): write_atomic(f, b"new new new")
+    monkeypatch.undo()
+    assert [p.name for p in tmp_path.iterdir()] == ["file"] and f.read_bytes() == b"old"
+
+
+def test_leftover_of_a_killed_write_is_no_hindrance(tmp_path):
+    "Nor is a link put in its place followed"
+    (tmp_path/"victim").write_bytes(b"precious")
+    (tmp_path/".file.tmp").symlink_to(tmp_path/"victim")
+    write_atomic(tmp_path/"file", b"new")
+    assert (tmp_path/"victim").read_bytes() == b"precious" and (tmp_path/"file").read_bytes() == b"new"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "victim"]
+
+
+def test_second_writer_is_refused_and_a_dead_one_is_not_in_the_way(tmp_path):
+    code = "import sys, time; from capsule_routing.runs import lock_run\nwith lock_run(sys.argv[1]): print('held', flush=True); time.sleep(60)"
+    p = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    try:
+        assert p.stdout.readline() == "held\n"
+        with pytest.raises(RunLocked, match="another process is training in this folder"):
+            with lock_run(tmp_path): pass
+    finally: p.kill(); p.wait(); p.stdout.close()
+    with lock_run(tmp_path): pass
+
+
+def test_lock_is_free_after_an_error(tmp_path):
+    with pytest.raises(KeyError):
+        with lock_run(tmp_path): raise KeyError
+    with lock_run(tmp_path): pass
+
+
+@pytest.mark.parametrize("size", [2**31, 2**40])
+def test_giant_sparse_file(run, size):
+    "A file that claims to be huge costs nothing to refuse"
+    path, _ = run
+    for name in (LAST, CONFIG):
+        was = (path/name).read_bytes()
+        try: os.truncate(path/name, size)
+        except OSError: pytest.skip("no sparse files of this size here")
+        refused(path, name)
+        (path/name).write_bytes(was)
+
+
+MUTATE = r"""
+import json, random, resource, shutil, sys
+from pathlib import Path
+from capsule_routing.runs import *
+from capsule_routing import runs
+src, dst, seed, n = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+r = random.Random(seed)
+names = [runs.CONFIG, runs.HISTORY, runs.LAST, runs.BEST]
+files = {k: (src/k).read_bytes() for k in names}
+want = {w: digest(load_run(src, w).net.state_dict()) for w in ("last", "best")}
+used = int(open("/proc/self/statm").read().split()[0])*resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**28,)*2)      # a quarter of a GiB more than now, for a folder of 100 kB
+
+def mutate(b):
+    b, k = bytearray(b), r.randrange(9)
+    at = r.choice([r.randrange(len(b)), r.randrange(min(len(b), 300))]) if b else 0
+    if k == 0 and b: b[at] ^= 1 << r.randrange(8)
+    elif k == 1: del b[at:]
+    elif k == 2: del b[at:at+r.randrange(1, 99)]
+    elif k == 3: b[at:at] = r.randbytes(r.randrange(1, 99))
+    elif k == 4: b[at:at+16] = bytes(16)
+    elif k == 5: b += r.randbytes(r.randrange(1, 9999))
+    elif k == 6: b[:8] = r.getrandbits(r.choice([8, 16, 20, 32, 63])).to_bytes(8, "little")
+    elif k == 7:                                            # another number somewhere in the JSON
+        where = [i for i in range(min(len(b), 9000)) if 48 <= b[i] <= 57]
+        if where: i = r.choice(where); b[i:i+1] = r.choice([b"0", b"9", b"-1", b"99999999999", b"1e308", b"NaN", b"null", b"[]"])
+    else:
+        for _ in range(r.randrange(1, 200)): b[r.randrange(len(b))] = r.randrange(256)
+    return bytes(b)
+
+refused = loaded = 0
+for i in range(n):
+    now = dict(files)
+    if r.random() < 0.1: a, b = r.sample(names, 2); now[a], now[b] = now[b], now[a]
+    else: k = r.choice(names + [runs.LAST]*2); now[k] = mutate(now[k])
+    for k, v in now.items(): (dst/k).write_bytes(v)
+    for w in ("last", "best"):
+        try: got = digest(load_run(dst, w).net.state_dict())
+        except (ValueError, FileNotFoundError) as e:
+            assert "\n" not in str(e) and str(dst) in str(e), (i, e)
+            refused += 1
+        else:
+            assert got == want[w], (i, w)
+            loaded += 1
+print(json.dumps(dict(refused=refused, loaded=loaded)))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs RLIMIT_AS and /proc")
+def test_six_hundred_mutations(tmp_path):
+    "Refused, or the very same weights; no crash, no hang, no large allocation"
+    torch.manual_seed(0)
+    save_run(tmp_path/"run", CapsNet(TINY), dict(note="x"), [dict(epoch=1)])
+    (tmp_path/"bad").mkdir()
+    p = subprocess.run([sys.executable, "-c", MUTATE, tmp_path/"run", tmp_path/"bad", "7", "600"], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert p.returncode == 0, p.stdout + p.stderr
+    n = json.loads(p.stdout)
+    assert n["refused"] + n["loaded"] == 1200 and n["refused"] > 300 and n["loaded"] > 300
