@@ -44,6 +44,7 @@ def convert(nb):
                 f"```\n{(o.get('text') or o.data['text/plain']).rstrip()}\n```" for o in cell.outputs))
         cells.append(cell)
     nb.cells = cells
+    nb.metadata['language_info'] = {'name':'python'}
     text = MarkdownExporter().from_notebook_node(nb)[0]
     text = '\n'.join(o.rstrip() for o in text.splitlines())
     return mark + re.sub(r'\n{3,}', '\n\n', text).strip() + '\n', figs
