@@ -33,6 +33,8 @@ def pages(folder, suffix):
 if __name__=='__main__':
     os.chdir(top)
     os.environ['PYTHONPATH'] = str(top) # the pages import this checkout, in worker processes too
+    # nbdev warns of each hidden cell that sets the plots' resolution beside its imports.
+    os.environ['PYTHONWARNINGS'] = 'ignore:Found cells containing imports'
     proc = process()
     pages('_proc', '.ipynb')
     if '--no-render' in sys.argv[1:]: pass
