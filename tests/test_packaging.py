@@ -3,6 +3,7 @@ import ast,os,re,shutil,subprocess,sys,sysconfig,zipfile
 from configparser import ConfigParser
 from pathlib import Path
 import pytest
+from PIL import Image
 
 top = Path(__file__).resolve().parent.parent
 lib = top/'capsule_routing'
@@ -112,11 +113,12 @@ def installed(wheel, tmp_path_factory):
 
 def test_wheel_trains_outside_the_checkout(installed, tmp_path):
     bin,site = installed
-    where = run(bin/'python', '-c', 'import capsule_routing.all as m; print(m.__file__)', cwd=tmp_path).strip()
+    where = run(bin/'python', '-c', 'import capsule_routing as m; print(m.__file__)', cwd=tmp_path).strip()
     assert Path(where).is_relative_to(site)
     out = run(bin/'capsule_train', '--dataset', 'glyphs', '--limit', '256', '--epochs', '1', '--batch-size', '64',
-              '--conv-channels', '8', '--no-cuda', '--out', tmp_path/'run', cwd=tmp_path)
+              '--conv-channels', '8', '--primary-types', '2', '--no-cuda', '--out', tmp_path/'run', cwd=tmp_path)
     assert re.search(r'\d+\.\d\d%', out) and 'glyphs' in out
     assert {'config.json','history.json','last.safetensors','best.safetensors'} <= {p.name for p in (tmp_path/'run').iterdir()}
-    out = run(bin/'capsule_evaluate', tmp_path/'run', cwd=tmp_path)
-    assert re.search(r'\d+\.\d\d%', out)
+    Image.new('L', (28,28)).save(tmp_path/'dark.png')
+    out = run(bin/'capsule_predict', tmp_path/'run', tmp_path/'dark.png', cwd=tmp_path)
+    assert 'dark.png' in out
