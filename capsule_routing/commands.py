@@ -11,6 +11,7 @@ __all__ = ['DATASETS', 'SCHEDULES', 'PRECISIONS', 'FREE', 'Refused', 'Rule', 'wh
 import argparse, inspect, json, math, os, re, shlex, sys, traceback
 from contextvars import ContextVar
 from difflib import get_close_matches
+from dis import opname
 from functools import wraps
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -198,7 +199,9 @@ def _ours(e):
     if type(e).__module__.startswith("capsule_routing"): return True
     tb = e.__traceback__
     while tb and tb.tb_next: tb = tb.tb_next
-    return isinstance(e, (ValueError, TypeError)) and tb is not None and tb.tb_frame.f_globals.get("__name__", "").startswith("capsule_routing")
+    if not isinstance(e, (ValueError, TypeError)) or tb is None: return False
+    f = tb.tb_frame   # a `raise` in the package, not a slip such as a wrong number of arguments
+    return f.f_globals.get("__name__", "").startswith("capsule_routing") and opname[f.f_code.co_code[tb.tb_lasti]] == "RAISE_VARARGS"
 
 # %% ../nbs/18_commands.ipynb #run-verb
 def run_verb(
@@ -258,34 +261,38 @@ def _recorded(config, path):
 def _resumed(now, named):
     "The settings to go on with: the run's, with those of `now` that were `named`"
     from capsule_routing.runs import CONFIG, LAST, read_checkpoint, read_json
-    from capsule_routing.training import TrainConfig
-    path = Path(now["out"])
+    from capsule_routing.training import TrainConfig, resume_config
+    path,fields = Path(now["out"]),TrainConfig.__dataclass_fields__
     if not path.is_dir(): raise Refused("no such run folder, nothing to go on with", "out", str(path))
     config = read_checkpoint(path).meta["config"] if (path/LAST).exists() else read_json(path/CONFIG)
     was = _recorded(config, path)
     if was is None: raise Refused("was not begun by capsule_train; go on in Python, with fit(…, resume=True)", "out", str(path))
     for k in named:
-        if k in TrainConfig.__dataclass_fields__ or k in FREE or was.get(k) == now[k]: continue
-        raise Refused(f"the run was begun with {was.get(k)}, and another value would change what it computes", k, now[k])
+        if k in fields or k in FREE or was.get(k) == now[k]: continue
+        raise Refused(f"the run was begun {f'with {was[k]}' if was.get(k) else 'without it'}, and another value would change what it computes", k, now[k])
+    if isinstance(config.get("training"), dict): resume_config(config["training"], **{k: now[k] for k in named if k in fields})
     note = config["data"].get("note") if isinstance(config.get("data"), dict) else None
     return {**now, **was, **{k: now[k] for k in named}, "note": note if isinstance(note, str) else None}
 
 # %% ../nbs/18_commands.ipynb #data-of
-def _data(s, progress=True):
+def _data(s, quiet=False):
     "The data set that the settings name"
-    from capsule_routing.data import load_data
-    name = s["dataset"] or ("folder" if s["folder"] else None)
-    if name == "folder" and not s["folder"]: raise Refused("needs --folder, a tree of images with one folder for each class", "dataset", name)
-    if name != "folder":
-        for k in ("folder", "test_folder", "size", "channels"):
-            if s[k] is not None: raise Refused(f"belongs to --folder, and the data set is {name or 'mnist'}", k, s[k])
-    return load_data(name, s["data_dir"], limit=s["limit"], folder=s["folder"], test_folder=s["test_folder"], size=s["size"],
-                     channels=s["channels"], progress=progress)
+    from capsule_routing.data import DataUnavailable, load_data
+    try: return load_data(s["dataset"], s["data_dir"], limit=s["limit"], folder=s["folder"], test_folder=s["test_folder"], size=s["size"],
+                          channels=s["channels"], progress=sys.stderr.isatty() and not quiet)
+    except DataUnavailable as e: raise Refused(str(e), "dataset", s["dataset"] or "mnist") from e
 
 # %% ../nbs/18_commands.ipynb #new-folder
 def _holds_run(path):
     "Is there something of a run in this folder?"
     return any((path/f).exists() for f in ("config.json", "last.safetensors", "best.safetensors", "history.json"))
+
+def _check_out(out):
+    "Refuse a folder that can't be made or written, before anything is computed"
+    p = Path(out)
+    while not (p.exists() or p.is_symlink()): p = p.parent
+    if not p.is_dir(): raise Refused("is a file, not a folder" if p == Path(out) else f"{p} is a file, not a folder", "out", out)
+    if not os.access(p, os.W_OK | os.X_OK): raise Refused("can't be written here" if p == Path(out) else f"can't be made: {p} can't be written", "out", out)
 
 def _new_folder(name):
     "`runs/NAME-1` or the first number after it that nobody has, made"
@@ -404,7 +411,7 @@ def capsule_train(
     s,named = dict(locals()),given()
     if resume and not out: raise Refused(f"needs --out RUN, the run to go on with{_newest()}", "resume")
     if out and not resume and Path(out).is_dir() and _holds_run(Path(out)): raise Refused("already holds a run; add --resume to go on with it, or choose another folder", "out", out)
-    if out and Path(out).exists() and not Path(out).is_dir(): raise Refused("is a file, not a folder", "out", out)
+    if out: _check_out(out)
     if resume: s = _resumed(s, named)
     return _train(s)
 
@@ -419,12 +426,14 @@ def _train(s):
     from capsule_routing.capsnet import CapsConfig, count_params
     from capsule_routing.training import Interrupted, TrainConfig, fit, new_net, pick_device
     from capsule_routing.runs import CONFIG, read_json
+    data = _data(s, s["quiet"])
     for k in ("data_dir", "folder", "test_folder"): s[k] = s[k] and os.path.abspath(os.path.expanduser(s[k]))
-    data = _data(s)
     if s.get("note"): data = data._replace(note=s.pop("note"))
-    say = (lambda *a: None) if s["quiet"] else print
+    say = (lambda *a, **k: None) if s["quiet"] else print
     if data.note: print(data.note, flush=True)
     c,h,w = data.train.image_shape
+    if min(h, w) < (least := 2*s["kernel"]-1):
+        raise Refused(f"images of {h}x{w} are too small for two such kernels: at least {least}x{least}, or --kernel {max(1, (min(h, w)+1)//2)}", "kernel", s["kernel"])
     cfg = CapsConfig(c, h, w, len(data.train.classes), s["conv_channels"], s["kernel"], s["primary_types"], s["primary_size"], s["class_size"],
                      s["routing_iterations"], _widths(s["decoder_widths"]) if s["with_reconstruction"] else None)
     tc = TrainConfig(**{k: s[k] for k in TrainConfig.__dataclass_fields__ if k in s})
@@ -563,7 +572,7 @@ def capsule_evaluate(
     from json import dumps
     from capsule_routing.runs import load_run
     from capsule_routing.training import evaluate
-    if out and Path(out).exists() and not Path(out).is_dir(): raise Refused("is a file, not a folder", "out", out)
+    if out: _check_out(out)
     r = load_run(run, weights)
     data = _test_data(r, s, named)
     net,precision = _device_of(r, no_cuda, precision)
@@ -586,11 +595,12 @@ def _test_data(r, s, named):
     own = _recorded(r.config, r.path) or dict(dataset=about.get("name"))
     keys = ("dataset", "data_dir", "folder", "test_folder", "size", "channels")
     mine = {k: s[k] for k in keys if k in named}
-    if "dataset" in mine or "folder" in mine: want = {"size": h if "folder" in mine and h == w else None, "channels": c if "folder" in mine else None, **mine}
+    if "folder" in mine: want = dict(size=h if h == w else None, channels=c, test_folder=mine["folder"]) | mine   # all of the tree is the test
+    elif "dataset" in mine: want = mine
     else: want = {**own, **mine}
     if not (want.get("dataset") or want.get("folder")): raise Refused("is missing, and the run does not name its data", "dataset")
     if want.get("dataset") not in (None, *DATASETS): raise Refused(f"the run's data can't be loaded again; name other data with --dataset or --folder", "dataset", want["dataset"])
-    data = _data({**dict.fromkeys((*keys, "limit")), **want, "limit": None})
+    data = _data({**dict.fromkeys((*keys, "limit")), **want, "limit": None}, s["json"])
     shape = lambda c, h, w, k: f"{c}x{h}x{w} in {k} classes"
     got,takes = shape(*data.test.image_shape, len(data.test.classes)),shape(c, h, w, r.cfg.n_classes)
     arg = "folder" if data.name == "folder" else "dataset"
@@ -680,6 +690,7 @@ def capsule_predict(
     from capsule_routing.data import read_image
     from capsule_routing.runs import load_run
     if not images: raise Refused("needs at least one file", "images")
+    if out: _check_out(Path(out).parent)
     r = load_run(run, weights)
     c,h,w = r.cfg.image_shape
     if c not in (1, 3): raise Refused(f"its network takes images of {c} channels, image files have 1 or 3", "run", run)
@@ -689,7 +700,7 @@ def capsule_predict(
     classes,best = _class_names(r),lens.argmax(1).tolist()
     picture = None
     if recon is not None:
-        some = slice(0, 100)
+        some = slice(100)
         titles = [f"{Path(f).name[:14]}: {classes[b]} {l[b]:.2f}" for f,b,l in zip(images, best, lens)]
         picture = _save(prediction_figure(x[some].float()/255, recon[some], titles), Path(out or Path(run)/"prediction.png"))
     found = [dict(image=str(f), **{"class": classes[b]}, length=round(float(l[b]), 4), lengths={k: round(v, 4) for k,v in zip(classes, l.tolist())})

@@ -87,11 +87,12 @@ def image_folder(tmp_path_factory, glyph_images):
 
 
 @pytest.fixture(scope="session")
-def trained(run_cmd, tmp_path_factory):
-    "A tiny run on the glyphs, made by the command itself; `.path` and `.stdout`. Copy it before changing it."
+def trained(run_cmd, image_folder, tmp_path_factory):
+    "A tiny run on the folder of images, made by the command itself; `.path` and `.stdout`. Copy it before changing it."
     from types import SimpleNamespace
     top = tmp_path_factory.mktemp("trained")
-    args = [*"--dataset glyphs --limit 256 --epochs 1 --batch-size 32 --with_reconstruction --no-cuda --out tiny".split(), *TINY]
+    args = [*"--epochs 1 --batch-size 8 --size 28 --channels 1 --with_reconstruction --no-cuda --out tiny".split(), *TINY,
+            "--folder", image_folder/"train", "--test_folder", image_folder/"test"]
     p = run_cmd("capsule_train", *args, cwd=top)
     assert p.returncode == 0, p.stdout+p.stderr
     return SimpleNamespace(path=top/"tiny", args=args, stdout=p.stdout, stderr=p.stderr)

@@ -24,7 +24,7 @@ def options(func):
         elif p.annotation is int: yield k, "3", 3
         elif p.annotation is float: yield k, "0.5", 0.5
         elif k == "decoder_widths": yield k, "16,32", "16,32"
-        else: yield k, "some/where", "some/where"
+        else: yield k, "some/where.png", "some/where.png"
 
 
 CASES = [(f, k, text, want) for f in VERBS for k, text, want in options(f)]
@@ -178,3 +178,234 @@ def test_help_loads_no_torch(name, cmd_env, tmp_path):
     p = subprocess.run([sys.executable, script], env=cmd_env, capture_output=True, text=True, timeout=60)
     assert p.stdout.splitlines()[-1] == "[]", p.stdout+p.stderr
     assert "--help" in p.stdout and p.stderr == ""
+
+
+# -- end to end, in real processes --
+
+def no_traceback(p):
+    assert "Traceback" not in p.stderr and "Error" not in p.stderr, p.stderr
+    return p
+
+
+def one_line(p, *parts):
+    "Exit code 2 and exactly one line on stderr, with all the parts"
+    assert p.returncode == 2, (p.returncode, p.stdout, p.stderr)
+    lines = p.stderr.splitlines()
+    assert len(lines) == 1 and all(x in lines[0] for x in parts), p.stderr
+
+
+def test_train_says_what_it_did(trained):
+    out, r = trained.stdout, json.loads((trained.path/"history.json").read_text())[-1]
+    acc = f"{100*(1-r['test_errors']/r['test_n']):.2f}%"
+    assert f"epoch 1/1: folder test accuracy {acc}, {r['test_errors']:,} errors of {r['test_n']:,}, test loss" in out
+    assert f"accuracy  {acc} on folder, {r['test_errors']:,} errors of {r['test_n']:,} test images" in out
+    for word in (" images/s", " s training", " GB at most", "cpu", "run       tiny", "repeat    capsule_train --dataset folder --folder ", "evaluate  capsule_evaluate tiny"):
+        assert word in out, out
+    assert trained.stderr == ""
+    assert {"config.json", "history.json", "best.safetensors", "last.safetensors"} <= {p.name for p in trained.path.iterdir()}
+    for line in out.splitlines():
+        if "%" in line: assert "folder" in line, line
+
+
+def test_resume_evaluate_predict(own_run, run_cmd, seven):
+    p = no_traceback(run_cmd("capsule_train", "--out", own_run, "--resume", "--epochs", 2))
+    assert p.returncode == 0, p.stderr
+    assert "epoch 2/2" in p.stdout and "epoch 1/2" not in p.stdout
+    r = json.loads((own_run/"history.json").read_text())
+    assert [h["epoch"] for h in r] == [1, 2]
+
+    p = no_traceback(run_cmd("capsule_evaluate", own_run, "--json", "--out", own_run.parent/"pictures"))
+    assert p.returncode == 0, p.stderr
+    e = json.loads(p.stdout)
+    assert (e["n"], e["n_errors"], e["data"]) == (r[-1]["test_n"], r[-1]["test_errors"], "folder")
+    c = e["confusion"]
+    assert sum(map(sum, c)) == e["n"] and e["n"]-sum(c[i][i] for i in range(3)) == e["n_errors"]
+    from PIL import Image
+    for name in ("confusion.png", "mistakes.png"):
+        im = Image.open(own_run.parent/"pictures"/name)
+        assert min(im.size) > 300 and len(im.convert("L").getcolors()) > 3
+        assert not (own_run/name).exists()
+
+    p = no_traceback(run_cmd("capsule_predict", own_run, seven, seven))
+    assert p.returncode == 0, p.stderr
+    lines = p.stdout.splitlines()
+    assert lines[0].startswith(f"{seven}: ") and "length 0." in lines[0] and [l.split()[0] for l in lines[1:4]] == ["one", "two", "zero"]
+    lens = [float(l.split()[1]) for l in lines[1:4]]
+    assert lines[0].split(": ")[-1].startswith(["one", "two", "zero"][lens.index(max(lens))]+", ")
+    assert Image.open(own_run/"prediction.png").size[0] > 300
+
+
+def test_glyphs_where_mnist_cannot_be_had(run_cmd, tmp_path):
+    p = run_cmd("capsule_train", *"--limit 64 --epochs 1 --batch-size 32 --no-cuda --quiet".split(), *TINY, cwd=tmp_path)
+    assert p.returncode == 0, p.stderr
+    assert p.stderr == ""
+    first = p.stdout.splitlines()[0]
+    assert "MNIST" in first and "glyphs" in first
+    config = json.loads((tmp_path/"runs"/"glyphs-1"/"config.json").read_text())
+    assert config["data"]["name"] == "glyphs" and "MNIST" in config["data"]["note"] and config["settings"]["dataset"] == "glyphs"
+    assert any(l.startswith("accuracy") and "glyphs" in l for l in p.stdout.splitlines())
+
+
+def test_mnist_by_name_where_it_cannot_be_had(run_cmd, tmp_path):
+    p = run_cmd("capsule_train", "--dataset", "mnist", "--data-dir", tmp_path/"d", *TINY, cwd=tmp_path)
+    one_line(p, "capsule_train: --dataset mnist: ", "--data-dir", "--dataset glyphs")
+    assert not (tmp_path/"runs").exists()
+
+
+@pytest.mark.parametrize("name,code", [("SIGINT", 130), ("SIGTERM", 143)])
+def test_stopped_by_a_signal_and_gone_on(start_cmd, run_cmd, image_folder, tmp_path, name, code):
+    import signal
+    p = start_cmd("capsule_train", *"--epochs 100000 --batch-size 8 --size 28 --channels 1 --no-cuda".split(), *TINY,
+                  "--folder", image_folder/"train", "--out", tmp_path/"run")
+    for line in p.stdout:
+        if line.startswith("epoch 2/"): break
+    p.send_signal(getattr(signal, name))
+    out, err = p.communicate(timeout=120)
+    assert p.returncode == code, (p.returncode, out, err)
+    assert err.count("\n") == 1 and f"capsule_train --out {tmp_path/'run'} --resume" in err and name in err, err
+    done = json.loads((tmp_path/"run"/"history.json").read_text())[-1]["epoch"]
+    q = no_traceback(run_cmd("capsule_train", "--out", tmp_path/"run", "--resume", "--epochs", done+1))
+    assert q.returncode == 0 and f"epoch {done+1}/{done+1}: folder test accuracy" in q.stdout, (q.stdout, q.stderr)
+
+
+def test_the_printed_command_repeats_the_run(trained, run_cmd, tmp_path):
+    import shlex
+    line = next(l for l in trained.stdout.splitlines() if l.startswith("repeat"))
+    verb, *args = shlex.split(line.removeprefix("repeat"))
+    p = run_cmd(verb, *args, cwd=tmp_path)
+    assert p.returncode == 0, p.stderr
+    from capsule_routing.runs import load_run
+    a, b = (load_run(r).net.state_dict() for r in (trained.path, tmp_path/"runs"/"folder-1"))
+    assert all((a[k] == b[k]).all() for k in a)
+
+
+def test_the_well_known_command_line_in_a_process(run_cmd, tmp_path):
+    "Parsed as a whole by a real process: the only complaint is about the value that is wrong on purpose"
+    one_line(run_cmd("capsule_train", *WELL_KNOWN, "--limit", "0", cwd=tmp_path), "capsule_train: --limit 0: must be")
+
+
+# -- bad input, with a real run folder in reach: nothing is lost --
+
+def folder_settings(image_folder, *more):
+    return [*"--epochs 1 --batch-size 8 --size 28 --channels 1 --no-cuda --quiet".split(), *TINY, "--folder", image_folder/"train",
+            "--test-folder", image_folder/"test", *more]
+
+
+@pytest.fixture(scope="module")
+def folder_run(image_folder, tmp_path_factory):
+    "A run on the folder of images, made in this process"
+    path = tmp_path_factory.mktemp("folder")/"run"
+    assert run_verb(capsule_train, folder_settings(image_folder, "--out", path)) == 0
+    return path
+
+
+def bad_inputs(t, run, images):
+    "`(verb, arguments, parts of the line)`; `t` is a folder for odd files"
+    (t/"file").write_text("x"); (t/"text.png").write_text("a note"); (t/"empty.png").touch(); (t/"empty").mkdir(exist_ok=True)
+    (t/"norun").mkdir(exist_ok=True); (t/"norun"/"config.json").write_text("{}")
+    F = folder_settings(images)
+    def train(*a): return capsule_train, [*F, *a]
+    def resume(*a): return capsule_train, ["--out", run, "--resume", *a]
+    for (f, a), *parts in [
+        (train("--out", run), f"--out {run}: already holds a run; add --resume"),
+        (train("--out", t/"file"), f"--out {t/'file'}: is a file, not a folder"),
+        (train("--out", t/"file"/"x"), f"--out {t/'file'/'x'}: ", "is a file, not a folder"),
+        (train("--resume"), "--resume: needs --out RUN"),
+        (train("--resume", "--out", t/"nowhere"), f"--out {t/'nowhere'}: no such run folder"),
+        (train("--dataset", "mnist"), "is only for the data set folder"),
+        (train("--folder", t/"nowhere"), f"--folder {t/'nowhere'}: no such folder"),
+        (train("--folder", t/"file"), f"--folder {t/'file'}: must be a folder"),
+        (train("--folder", t/"empty"), f"--folder {t/'empty'}: must hold one folder of images for each class"),
+        (train("--test-folder", t/"nowhere"), f"--test-folder {t/'nowhere'}: no such folder"),
+        (train("--size", "16"), "--kernel 9: images of 16x16 are too small for two such kernels: at least 17x17, or --kernel 8"),
+        (train("--size", "0"), "--size 0: must be"),
+        (train("--channels", "2"), "--channels 2: must be 1 or 3"),
+        (train("--dataset", "folders"), "--dataset folders: must be one of", "did you mean folder?"),
+        ((capsule_train, ["--dataset", "folder"]), "--dataset folder: needs a folder"),
+        ((capsule_train, ["--dataset", "glyphs", "--size", "32"]), "--size 32: is only for the data set folder"),
+        ((capsule_train, ["--dataset", "mnist", "--data-dir", t/"file"]), f"--data-dir {t/'file'}: must be a folder"),
+        (resume("--lr", "0.5"), "--lr 0.5: the run was begun with 0.001"),
+        (resume("--batch_size", "9"), "--batch-size 9: the run was begun with 8"),
+        (resume("--primary-types", "3"), "--primary-types 3: the run was begun with 2"),
+        (resume("--with_reconstruction"), "--with-reconstruction: the run was begun without it"),
+        (resume("--limit", "3"), "--limit 3: the run was begun without it"),
+        (resume("--dataset", "glyphs"), "--dataset glyphs: the run was begun with folder"),
+        ((capsule_train, ["--out", t/"norun", "--resume"]), str(t/"norun")),
+        ((capsule_evaluate, [t/"nowhere"]), f"{t/'nowhere'}: no such run folder"),
+        ((capsule_evaluate, [t/"file"]), str(t/"file")),
+        ((capsule_evaluate, [t/"empty"]), str(t/"empty")),
+        ((capsule_evaluate, [run, "--weights", "bets"]), "--weights bets: must be one of last, best; did you mean best?"),
+        ((capsule_evaluate, [run, "--dataset", "glyphs"]), "--dataset glyphs: its images are 1x28x28 in 10 classes, the network of", "takes 1x28x28 in 3 classes"),
+        ((capsule_evaluate, [run, "--folder", images/"test", "--channels", "3"]), f"--folder {images/'test'}: its images are 3x28x28"),
+        ((capsule_evaluate, [run, "--folder", images/"odd"]), f"--folder {images/'odd'}: its classes are", "zero"),
+        ((capsule_evaluate, [run, "--out", t/"file"]), f"--out {t/'file'}: is a file"),
+        ((capsule_evaluate, [run, run]), "unexpected"),
+        ((capsule_predict, [run]), "IMAGE: is missing"),
+        ((capsule_predict, [run, images/"one.png", t/"nowhere.png"]), f"{t/'nowhere.png'}: no such image file"),
+        ((capsule_predict, [run, images/"one.png", t/"text.png"]), f"{t/'text.png'}: cannot be read as an image"),
+        ((capsule_predict, [run, t/"empty.png", images/"one.png"]), f"{t/'empty.png'}: cannot be read as an image: the file is empty"),
+        ((capsule_predict, [run, t]), f"{t}: must be an image file"),
+        ((capsule_predict, [run, images/"one.png", "--out", t/"p.gif"]), "--out", "must be the path of a .png, .pdf or .svg file"),
+        ((capsule_predict, [run, images/"one.png", "--out", t/"file"/"p.png"]), "--out", "is a file, not a folder"),
+        ((capsule_predict, [t/"nowhere", images/"one.png"]), f"{t/'nowhere'}: no such run folder"),
+    ]: yield f, list(map(str, a)), parts
+
+
+def test_bad_input_is_one_line_and_nothing_is_lost(folder_run, image_folder, tmp_path, capsys, monkeypatch, cmd_env):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CAPSULE_ROUTING_DATA", cmd_env["CAPSULE_ROUTING_DATA"])
+    shutil.copy(image_folder/"test"/"one"/"10.png", image_folder/"one.png")
+    if not (image_folder/"odd").exists():
+        for c in ("zero", "one", "three"): shutil.copytree(image_folder/"test"/c.replace("three", "two"), image_folder/"odd"/c)
+    before, wrong = {p.name: p.read_bytes() for p in folder_run.iterdir()}, []
+    for f, args, parts in bad_inputs(tmp_path, folder_run, image_folder):
+        code = run_verb(f, args)
+        out, err = capsys.readouterr()
+        if code != 2 or out or err.count("\n") != 1 or not all(p in err for p in (f.__name__+": ", *parts)): wrong.append((f.__name__, args, parts, code, out, err))
+    assert not wrong, "\n".join(map(str, wrong))
+    assert {p.name: p.read_bytes() for p in folder_run.iterdir()} == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "empty.png", "file", "norun", "text.png"]
+
+
+def test_folder_run_evaluates_on_its_own_data_and_on_a_folder(folder_run, image_folder, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)   # the run knows where its images are, wherever the command is given
+    assert run_verb(capsule_evaluate, [folder_run, "--out", tmp_path/"o"]) == 0
+    assert "on folder, " in capsys.readouterr().out
+    assert run_verb(capsule_evaluate, [folder_run, "--out", tmp_path/"o", "--folder", image_folder/"train", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["n"] == 30    # all of the tree
+
+
+def test_predict_inverts_and_hints(folder_run, image_folder, tmp_path, capsys):
+    from PIL import Image, ImageOps
+    light = next((image_folder/"test"/"two").glob("*.png"))
+    dark = tmp_path/"dark.png"
+    ImageOps.invert(Image.open(light)).save(dark)
+    def look(*args):
+        assert run_verb(capsule_predict, [folder_run, *args]) == 0
+        return capsys.readouterr().out
+    assert "--invert" not in look(light) and "try --invert" in look(dark) and "try --invert" not in look(dark, "--invert")
+    strip = lambda s: s.split(": ", 1)[1]
+    assert strip(look(light)) == strip(look(dark, "--invert"))
+    assert "no reconstruction" in look(light) and not (folder_run/"prediction.png").exists()
+    found = json.loads(look(light, "--json"))["predictions"][0]
+    assert set(found["lengths"]) == {"zero", "one", "two"} and found["class"] == max(found["lengths"], key=found["lengths"].get)
+
+
+def test_spoilt_run_folders(own_run, seven, capsys):
+    for name in ("config.json", "last.safetensors"):
+        good = (own_run/name).read_bytes()
+        for bad in (b"", good[:len(good)//2], b"\x80\x04K\x01."):
+            (own_run/name).write_bytes(bad)
+            assert run_verb(capsule_predict, [own_run, seven]) == 2
+            out, err = capsys.readouterr()
+            assert err.count("\n") == 1 and name in err and not out
+        (own_run/name).write_bytes(good)
+
+
+def test_runs_are_numbered_and_never_overwritten(image_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2): assert run_verb(capsule_train, folder_settings(image_folder)) == 0
+    assert sorted(p.name for p in (tmp_path/"runs").iterdir()) == ["folder-1", "folder-2"]
+    capsys.readouterr()
+    assert run_verb(capsule_train, ["--resume"]) == 2
+    assert "the newest is runs/folder-2" in capsys.readouterr().err
