@@ -14,6 +14,7 @@ from torch.nn.functional import mse_loss, one_hot
 
 from capsule_routing.squash import lengths, squash
 from capsule_routing.routing import route, votes
+from capsule_routing.factored import route_factored
 from capsule_routing.layers import PrimaryCaps, RoutedCaps
 from capsule_routing.losses import capsule_loss, margin_loss, reconstruction_loss
 from capsule_routing.decoder import Decoder, mask_capsules
@@ -122,11 +123,7 @@ def our_layer(u, W, n_iters=3, **kw):
     del m.W; m.W = W   # keeps the caller's graph
     return m(u)
 
-OURS = {"plain": lambda u, W, n_iters=3, **kw: route(votes(u, W), n_iters, **kw), "layer": our_layer}
-try: from capsule_routing.factored import route_factored
-except ModuleNotFoundError: pass
-else: OURS["factored"] = route_factored
-
+OURS = {"plain": lambda u, W, n_iters=3, **kw: route(votes(u, W), n_iters, **kw), "factored": route_factored, "layer": our_layer}
 def poses_and_weights(b=3, i=6, j=4, d=3, e=5, dtype=torch.float64, n=0):
     "Long votes, so that the couplings move well away from even"
     g = seeded(n)
@@ -256,14 +253,16 @@ def primary(group=None, squashed=None): return type("Mistaken", (Primary,), {k: 
            cut_across_rows=primary(lambda x, d: x.flatten(2).transpose(1, 2).reshape(len(x), d, -1).transpose(1, 2)),
            squash_over_capsules=primary(squashed=partial(squash, dim=1)), squash_over_batch=primary(squashed=partial(squash, dim=0)), not_squashed=primary(squashed=lambda s: 40*s))
 def a_primary_capsule_takes_its_numbers_from_one_location(Primary):
-    torch.manual_seed(0)
-    m = Primary(3, n_types=4, d_out=8, kernel=5, stride=2)
-    x = torch.rand(2, 3, 13, 13)
-    y = x.clone(); y[0,:,0,0] += 3.                        # seen by the location at row 0, column 0 alone
-    u,v = m(x),m(y)
-    assert u.shape == (2, 4*5*5, 8) and u.norm(dim=-1).max() <= 1
-    moved = ((u-v).abs() > 1e-5).any(-1)                   # (b, i)
-    assert moved[0].sum() == 4 and not moved[1].any()      # one capsule of each type, in that image
+    for ch,types,kernel,size,fast in ((3, 4, 5, 13, False), (16, 8, 9, 17, True)):
+        torch.manual_seed(0)
+        m = Primary(ch, types, d_out=8, kernel=kernel, stride=2)
+        m.conv.pays = lambda x: fast                               # by the plain convolution, and by the faster one
+        x = torch.rand(2, ch, size, size)
+        y = x.clone(); y[0,:,0,0] += 3.                            # seen by the location at row 0, column 0 alone
+        u,v = m(x),m(y)
+        assert u.shape == (2, types*5*5, 8) and u.norm(dim=-1).max() <= 1
+        moved = ((u-v).abs() > 1e-5).any(-1)                       # (b, i)
+        assert moved[0].sum() == types and not moved[1].any()      # one capsule of each type, in that image
 
 
 # ---------- margin loss: Eq. 4 ----------
