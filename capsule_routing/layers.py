@@ -12,6 +12,8 @@ from torch import nn, Tensor
 from einops import rearrange
 from .squash import squash
 from .routing import votes, route
+from .factored import route_factored
+from .fourier import FourierConv2d
 
 # %% ../nbs/03_layers.ipynb #check-size
 def check_size(
@@ -60,7 +62,7 @@ class PrimaryCaps(nn.Module):
         in_ch,n_types,d_out = check_size("in_ch", in_ch), check_size("n_types", n_types), check_size("d_out", d_out)
         kernel,stride = check_size("kernel", kernel), check_size("stride", stride)
         self.d_out = d_out
-        self.conv = nn.Conv2d(in_ch, n_types*d_out, kernel, stride)
+        self.conv = FourierConv2d(in_ch, n_types*d_out, kernel, stride)
 
     def forward(self,
         x:Tensor, # Feature maps, `(b, c, h, w)`, at least `kernel` high and wide
@@ -98,4 +100,4 @@ class RoutedCaps(nn.Module):
         with torch.autocast(u.device.type, enabled=False):
             u,W = full_precision(u), full_precision(self.W)
             if trace: return route(votes(u, W), self.n_iters, self.stop_grad, trace=True)
-            return route(votes(u, W), self.n_iters, self.stop_grad)
+            return route_factored(u, W, self.n_iters, self.stop_grad)
