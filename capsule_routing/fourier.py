@@ -191,10 +191,13 @@ class FourierConv2d(nn.Conv2d):
         return super().forward(x)
 
 # %% ../nbs/02b_fourier.ipynb #keep-freed-memory
-def keep_freed_memory() -> bool: # Whether the C library understood
+def keep_freed_memory(
+    on:bool=True, # False goes back to glibc's defaults
+) -> bool:        # Whether the C library understood
     "Let the process keep freed memory for its next tensors (glibc only; elsewhere nothing happens)."
     if not sys.platform.startswith('linux'): return False
     try: libc = ctypes.CDLL('libc.so.6')
     except OSError: return False                                  # not glibc
     m_trim_threshold,m_mmap_max = -1,-4                           # of <malloc.h>
-    return bool(libc.mallopt(m_mmap_max, 0) and libc.mallopt(m_trim_threshold, 2**31 - 1))
+    maps,trim = (0, 2**31-1) if on else (65536, 128*1024)
+    return bool(libc.mallopt(m_mmap_max, maps) and libc.mallopt(m_trim_threshold, trim))
