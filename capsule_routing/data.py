@@ -10,7 +10,6 @@ __all__ = ['MIN_RATE', 'MAX_BYTES', 'NAMED', 'FORMATS', 'MAX_PIXELS', 'DATASETS'
 
 # %% ../nbs/08_data.ipynb #data-imports
 import difflib, gzip, hashlib, math, os, struct, tarfile, time, urllib.request, zlib
-from http.client import HTTPException
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Event, Thread
@@ -179,25 +178,24 @@ def fetch(
     timeout:float=30,   # Longest silence in seconds
     progress:bool=True, # Show a progress bar?
 ):
-    "Download one file within a bounded time; OSError where that fails."
+    "Download one file within a bounded time; ConnectionError or TimeoutError where that fails."
     from tqdm import tqdm
-    got, stop, sum, n, began = SimpleQueue(), Event(), hashlib.md5(usedforsecurity=False), 0, time.monotonic()
+    got, stop, total, n, began = SimpleQueue(), Event(), hashlib.md5(usedforsecurity=False), 0, time.monotonic()
     part = path.with_name(path.name + '.part')
     Thread(target=_pull, args=(url, got, timeout, stop), daemon=True).start()
     try:
-        with open(part, 'wb') as f, tqdm(desc=path.name, unit='B', unit_scale=True, disable=not progress, leave=False) as bar:
+        with open(part, 'wb') as f, tqdm(desc=path.name, unit='B', unit_scale=True, delay=0.5, disable=not progress, leave=False) as bar:
             while True:
                 left = began + timeout + n / MIN_RATE - time.monotonic()
                 try: item = got.get(timeout=max(0, min(timeout, left)))
                 except Empty: raise TimeoutError(f'no answer for {timeout:g} s' if left > 0 or not n else f'only {n:,} bytes in {time.monotonic() - began:.0f} s') from None
-                if isinstance(item, OSError): raise item
-                if isinstance(item, Exception): raise OSError(f'{type(item).__name__}: {item}')
+                if isinstance(item, Exception): raise ConnectionError(getattr(item, 'reason', '') and str(item.reason) or str(item) or type(item).__name__)
                 if isinstance(item, int): bar.total = item or None; continue
                 if not item: break
-                n += len(item); f.write(item); sum.update(item); bar.update(len(item))
-                if n > MAX_BYTES: raise OSError(f'more than {MAX_BYTES:,} bytes')
+                n += len(item); f.write(item); total.update(item); bar.update(len(item))
+                if n > MAX_BYTES: raise ConnectionError(f'more than {MAX_BYTES:,} bytes')
             f.flush(); os.fsync(f.fileno())
-        if sum.hexdigest() != md5: raise OSError(f'its {n:,} bytes have md5 {sum.hexdigest()} instead of {md5}')
+        if total.hexdigest() != md5: raise ConnectionError(f'its {n:,} bytes have md5 {total.hexdigest()} instead of {md5}')
         os.replace(part, path)
     finally:
         stop.set()
@@ -226,12 +224,21 @@ def archives(
 # %% ../nbs/08_data.ipynb #md5-of
 def _md5(path):
     "Checksum of a file, None where there is none."
-    sum = hashlib.md5(usedforsecurity=False)
+    total = hashlib.md5(usedforsecurity=False)
     try:
         with open(path, 'rb') as f:
-            while data := f.read(1 << 20): sum.update(data)
+            while data := f.read(1 << 20): total.update(data)
     except OSError: return None
-    return sum.hexdigest()
+    return total.hexdigest()
+
+# %% ../nbs/08_data.ipynb #idx-whole
+def _idx_whole(path, a):
+    "Is `path` a whole file of the MNIST family, and the one in the archive `a` where that is at hand?"
+    data = path.read_bytes()
+    dims = data[3] if data[:3] == b'\0\0\x08' and len(data) > 3 else 0     # unsigned bytes, number of axes
+    if dims not in (1, 3) or len(data) < 4 + 4*dims: return False
+    if len(data) != 4 + 4*dims + math.prod(struct.unpack(f'>{dims}I', data[4:4 + 4*dims])): return False
+    return _md5(a.path) != a.md5 or struct.pack('<II', zlib.crc32(data), len(data)) == a.path.read_bytes()[-8:]
 
 # %% ../nbs/08_data.ipynb #whole
 def whole(
@@ -240,14 +247,8 @@ def whole(
     "Look at the files of an archive on disk."
     for path, md5 in a.files.items():
         if not path.is_file(): return f'{path} is missing'
-        if md5: ok = _md5(path) == md5
-        else:
-            data = path.read_bytes()
-            dims = data[3] if data[:3] == b'\0\0\x08' and len(data) > 3 else 0   # unsigned bytes, number of axes
-            shape = struct.unpack(f'>{dims}I', data[4:4 + 4*dims]) if len(data) >= 4 + 4*dims else ()
-            ok = dims in (1, 3) and len(shape) == dims and len(data) == 4 + 4*dims + math.prod(shape)
-            if ok and _md5(a.path) == a.md5:
-                ok = struct.pack('<II', zlib.crc32(data), len(data)) == a.path.read_bytes()[-8:]
+        try: ok = _md5(path) == md5 if md5 else _idx_whole(path, a)
+        except OSError as e: return f'{path} cannot be read ({e.strerror})'
         if not ok: return f'{path} is damaged'
     return ''
 
@@ -305,10 +306,9 @@ def _download(cls, root, timeout, progress):
                 server = url.rsplit('/', 1)[0]
                 if server in silent: continue
                 try: fetch(url, a.path, a.md5, timeout / len(a.urls), progress); break
-                except OSError as e:
-                    if isinstance(e, PermissionError) or getattr(e, 'filename', None): raise
-                    silent.add(server)
-                    tried.append(f'{url}: {getattr(e, "reason", e)}')
+                except (ConnectionError, TimeoutError) as e:
+                    if isinstance(e, TimeoutError): silent.add(server)
+                    tried.append(f'{url}: {e}')
             else: raise OSError('; '.join(tried) or 'no server answers')
         unpack(a)
         if w := whole(a): raise OSError(w)
@@ -342,10 +342,10 @@ MAX_PIXELS = 64_000_000 # 8000 x 8000
 def _open(path):
     "The first frame of an image file as RGB or grey, upright, 8 bits, transparency on white."
     from PIL import Image, ImageOps
-    im = Image.open(path, formats=FORMATS)
-    if im.width * im.height > MAX_PIXELS: raise ValueError(f'{im.width} x {im.height} pixels; at most {MAX_PIXELS:,} are read')
-    im = ImageOps.exif_transpose(im)
-    if im.mode.startswith('I'):                                  # 16 bits, which Pillow would clip to 255
+    with open(path, 'rb') as f, Image.open(f, formats=FORMATS) as im:
+        if im.width * im.height > MAX_PIXELS: raise ValueError(f'{im.width} x {im.height} pixels; at most {MAX_PIXELS:,} are read')
+        im = ImageOps.exif_transpose(im)                             # a copy, unpacked
+    if im.mode.startswith('I'):                                      # 16 bits, which Pillow would clip to 255
         a = np.asarray(im).astype(np.int64)
         if a.min() < 0 or a.max() > 65535: raise ValueError(f'pixels from {a.min()} to {a.max()}; at most 16 bits are read')
         return Image.fromarray((a // 257).astype(np.uint8))
@@ -423,6 +423,7 @@ def load_folder(
 ) -> tuple:               # Training and test `ImageSet`, training images in random order; note or None
     "Read a data set from image files."
     channels = 3 if channels is None else channels
+    if channels not in (1, 3): raise ValueError(f'channels={channels!r}: must be 1 or 3')
     if size is not None:
         size = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
         if len(size) != 2: raise ValueError(f'size={size}: must be one number or a pair')
