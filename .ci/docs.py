@@ -1,17 +1,26 @@
 "Build the documentation: with Quarto where it is on PATH, else nbdev's processing alone, as with `--no-render`; every page must exist."
-import json,os,shutil,subprocess,sys
+import json,os,shutil,subprocess,sys,warnings
 from pathlib import Path
+from nbdev.serve_drv import main as process_page
 
 top = Path(__file__).resolve().parent.parent
 
+def page(*args):
+    "Process one notebook; one that changes its folder does so for itself alone"
+    try: process_page(*args)
+    finally: os.chdir(top)
+
 def process():
     "Write the processed notebooks to `_proc`, and return its path"
+    from nbdev import serve_drv
     from nbdev.quarto import refresh_quarto_yml
     from nbdev.serve import proc_nbs
+    serve_drv.main = page
     refresh_quarto_yml()
     shutil.rmtree('_proc', ignore_errors=True)
     # A relative path: nbdev silently skips each file that has a dot-folder anywhere in its path.
-    return Path(proc_nbs('nbs', force=True, n_workers=int(os.environ.get('DOCS_WORKERS', 2))))
+    # One process: torch is imported once.
+    return Path(proc_nbs('nbs', force=True, n_workers=0))
 
 def render(proc):
     "Render `proc` with Quarto and move the site to `_docs`"
@@ -32,9 +41,9 @@ def pages(folder, suffix):
 
 if __name__=='__main__':
     os.chdir(top)
-    os.environ['PYTHONPATH'] = str(top) # the pages import this checkout, in worker processes too
+    sys.path.insert(0, str(top)) # the pages import this checkout
     # nbdev warns of each hidden cell that sets the plots' resolution beside its imports.
-    os.environ['PYTHONWARNINGS'] = 'ignore:Found cells containing imports'
+    warnings.filterwarnings('ignore', 'Found cells containing imports')
     proc = process()
     pages('_proc', '.ipynb')
     if '--no-render' in sys.argv[1:]: pass

@@ -22,17 +22,25 @@ def run(*args, timeout=300, **kw):
 
 def python(code, **kw): return run(sys.executable, '-c', code, cwd=top, **kw)
 
-@pytest.mark.parametrize('name', modules)
-def test_module_imports_alone(name):
-    "In a fresh process; no seed, number of threads, dtype or device is chosen at import"
-    out = python(f'''
-import torch
+def test_modules_import_alone():
+    "Each in a process that has torch and nothing of ours; no seed, number of threads, dtype or device is chosen at import"
+    out = python(f"""
+import importlib, os, torch
 def state(): return torch.get_rng_state().tolist(), torch.get_num_threads(), torch.get_default_dtype(), torch.cuda.is_initialized()
 before = state()
-import capsule_routing.{name} as m
-assert state()==before
-print(m.__file__)''')
-    assert Path(out.strip())==lib/f'{name}.py'
+for name in {modules}:
+    pid = os.fork() # a fresh one for each, without importing torch each time
+    if pid==0:
+        code = 1
+        try:
+            m = importlib.import_module('capsule_routing.'+name)
+            assert state()==before, name
+            print(m.__file__, flush=True)
+            code = 0
+        finally: os._exit(code)
+    if os.waitpid(pid, 0)[1]: raise SystemExit(f'{{name}} does not import alone')
+""")
+    assert [Path(o) for o in out.split()]==[lib/f'{n}.py' for n in modules]
 
 public = '''lengths squash votes route route_factored RoutingTrace PrimaryCaps RoutedCaps margin_loss reconstruction_loss
 capsule_loss mask_capsules Decoder CapsConfig CapsNet CapsOut count_params make_glyphs load_data batches save_run load_run
