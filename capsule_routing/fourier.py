@@ -123,7 +123,7 @@ class _FourierConv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g):
         X,K = ctx.saved_tensors
-        p,(o,c,k,_),(b,_,h,w) = ctx.p,ctx.w_shape,ctx.x_shape
+        p,(o,c,k,_) = ctx.p,ctx.w_shape
         A,B,C = bilinear(*p.tile, p.taps, g.dtype)
         short = [t*m - n for t,m,n in zip(p.n_tiles, p.tile, p.out)]
         if any(short): g = F.pad(g, (0, short[1], 0, short[0]))
