@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'SCHEDULES', 'COMPILES', 'FREE', 'pick_device', 'pick_precision', 'TrainConfig', 'lr_at', 'new_net',
            'Evaluation', 'evaluate', 'Interrupted', 'TrainingDiverged', 'CheckpointFailed', 'PeerLost', 'Step',
-           'resume_config', 'Trainer', 'fit', 'peak_memory']
+           'resume_config', 'Trainer', 'processes', 'fit', 'peak_memory']
 
 # %% ../nbs/10_training.ipynb #imports
 import hashlib, json, math, os, platform, signal, sys, threading, time
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple, Optional, Union
 
@@ -119,7 +120,7 @@ class Evaluation(NamedTuple):
     "What a network makes of a set of images."
     n:int            # Images
     n_errors:int     # Of which named wrongly
-    accuracy:float   # `1 - n_errors/n`
+    accuracy:float   # `(n - n_errors)/n`
     loss:float       # Margin and weighted reconstruction, mean over images
     margin:float     # Eq. 4, summed over classes, mean over images
     recon:float      # Summed squared error, mean over images; None without a decoder
@@ -167,7 +168,7 @@ def evaluate(
     loss, margin, recon, n = sums.tolist()
     pred = lens.argmax(1)
     n, wrong = int(n), int((pred != target).sum())
-    return Evaluation(n, wrong, 1 - wrong/n, loss/n, margin/n, None if net.cfg.decoder is None else recon/n, pred, lens, target)
+    return Evaluation(n, wrong, (n - wrong)/n, loss/n, margin/n, None if net.cfg.decoder is None else recon/n, pred, lens, target)
 
 # %% ../nbs/10_training.ipynb #layout
 def _layout(x:Tensor) -> Tensor:
@@ -372,6 +373,7 @@ def look(self:Trainer):
 @patch
 def last_good(self:Trainer):
     "Where to go on from, in words."
+    if self.rank and self.path is not None: return f"the last checkpoint in {self.path} stands"
     if self.path is None or self.saved is None: return "no checkpoint was kept"
     return f"the last good checkpoint is {self.path/LAST} (epoch {self.saved[0]}, step {self.saved[1]})"
 
@@ -471,7 +473,7 @@ def end_epoch(self:Trainer):
     has = self.net.cfg.decoder is not None
     row = dict(epoch=self.epoch, global_step=self.global_step, lr=lr_at(self.global_step - 1, self.cfg, self.steps), n=int(n),
                train_loss=loss/n, train_margin=margin/n, train_recon=recon/n if has else None,
-               test_n=n_test, test_errors=errors, test_accuracy=1 - errors/n_test,
+               test_n=n_test, test_errors=errors, test_accuracy=(n_test - errors)/n_test,
                test_loss=test[0], test_margin=test[1], test_recon=test[2] if has else None,
                seconds=round(seconds, 3), images_per_second=round(n/max(seconds, 1e-9), 1), test_seconds=round(time.monotonic() - t0, 3))
     best = all(errors < r["test_errors"] for r in self.history)
@@ -516,11 +518,50 @@ def check_same(self:Trainer, ck:Checkpoint, about:dict):
     self.cfg = resume_config(was["training"], **asdict(self.cfg)) if self.cfg is not None else resume_config(was["training"])
     self.steps = -(-len(self.data.train)//self.cfg.batch_size)
 
+# %% ../nbs/10_training.ipynb #processes
+@contextmanager
+def processes(
+    no_cuda:bool=False, # As for `pick_device`
+    limit:float=120.,   # Seconds to wait for the others before giving up
+):                      # Yields `(rank, world)`; `(0, 1)` unless torchrun started us
+    "Join the processes that torchrun started with us, for the length of a `with`."
+    env, d = os.environ, torch.distributed
+    if int(env.get("WORLD_SIZE", 1)) == 1 or "RANK" not in env or d.is_initialized(): yield _rank_world(); return
+    gpu = pick_device(no_cuda).type == "cuda"
+    if gpu: torch.cuda.set_device(int(env.get("LOCAL_RANK", 0)))
+    d.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(seconds=limit))
+    try: yield _rank_world()
+    finally:
+        if sys.exc_info()[0] is None or not gpu: d.destroy_process_group()
+
+# %% ../nbs/10_training.ipynb #everyone
+@patch
+def everyone(self:Trainer, f):
+    "Call `f` in every process; if it fails in one, it fails in all."
+    if self.world == 1: return f()
+    error = result = None
+    try: result = f()
+    except Exception as e: error = e
+    failed = torch.tensor([float(error is not None)], device=self.device)
+    torch.distributed.all_reduce(failed)
+    if error is not None: raise error
+    if failed.item(): raise PeerLost("another process of this run refused to start")
+    return result
+
+@patch
+@contextmanager
+def peers(self:Trainer):
+    "Turn the failure of a collective operation into `PeerLost`."
+    try: yield
+    except RuntimeError as e:
+        words = ("gloo", "nccl", "connection", "timed out", "timeout", "socket", "peer")
+        if self.world == 1 or isinstance(e, PeerLost) or not any(w in str(e).lower() for w in words): raise
+        raise PeerLost(f"process {self.rank} of {self.world} lost another process at epoch {self.epoch}, step {self.step}; {self.last_good()}") from e
+
 # %% ../nbs/10_training.ipynb #run-trainer
 @patch
-def run(self:Trainer, resume=False):
-    "Train to the end; the history."
-    ck = self.open_run(resume)
+def run(self:Trainer, ck:Optional[Checkpoint]):
+    "Train from a checkpoint, or the beginning, to the end; the history."
     with _machine(self.cfg, self.device), _catch_signals(self.world) as self.stop:
         self.began, self.saved_at = None, time.monotonic()
         self.prepare(ck)
@@ -566,8 +607,11 @@ def fit(
     if resume and not Path(path).is_dir(): raise FileNotFoundError(f"{path}: no such run folder, nothing to go on from")
     _check_data(net, data)
     t = Trainer(net, data, cfg, path, device, reporter, extra)
-    if path is None or t.rank: return t.run(resume)
-    with lock_run(make_folder(t.path)): return t.run(resume)
+    with ExitStack() as held, t.peers():
+        def take():
+            if t.path is not None and t.rank == 0: held.enter_context(lock_run(make_folder(t.path)))
+        t.everyone(take)
+        return t.run(t.everyone(lambda: t.open_run(resume)))
 
 # %% ../nbs/10_training.ipynb #peak-memory
 def peak_memory(

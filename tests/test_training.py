@@ -183,7 +183,7 @@ def test_evaluate_by_hand(data):
     with torch.no_grad(): out = net(s.x/255.)
     e = evaluate(net, s, 7)
     pred = out.lengths.argmax(1)
-    assert e.n == 20 and e.n_errors == int((pred != s.y).sum()) and e.accuracy == 1 - e.n_errors/20
+    assert e.n == 20 and e.n_errors == int((pred != s.y).sum()) and e.accuracy == (20 - e.n_errors)/20
     torch.testing.assert_close(e.lengths, out.lengths); assert torch.equal(e.pred, pred) and torch.equal(e.target, s.y)
     assert e.margin == pytest.approx(margin_loss(out.lengths, s.y).item(), rel=1e-5)
     assert e.recon == pytest.approx(reconstruction_loss(out.recon, s.x/255.).item(), rel=1e-5)
