@@ -36,6 +36,7 @@ class Rule(NamedTuple):
     says:str             # Completes "must be", in words
     ok:Callable          # The test: value -> bool
     names:tuple = ()     # The names to choose from, where there are some
+    many:bool = False    # Several values, each of which keeps the rule?
 
 def whole(
     lo:int=1,          # Smallest value
@@ -102,7 +103,7 @@ def verb_parser(
     p.error = error
     for a in p._actions:
         if a.dest not in params: continue
-        kind,rule,many = params[a.dest].annotation,rules.get(a.dest),params[a.dest].kind is inspect.Parameter.VAR_POSITIONAL
+        kind,rule = params[a.dest].annotation,rules.get(a.dest)
         a.help = (a.help or "").removesuffix(" (default: False)")
         a.type = None
         if a.option_strings:
@@ -110,7 +111,7 @@ def verb_parser(
             for s in (_spell(a.dest), "--"+a.dest): p._option_string_actions[s] = a
             if kind is not bool: a.metavar = {int:"N", float:"X"}.get(kind, a.dest.split("_")[-1].upper())
             if rule and rule.names: a.metavar = "{" + ",".join(rule.names) + "}"
-        else: a.metavar,a.nargs = a.dest.upper().removesuffix("S" if many else ""),"+" if many else None
+        else: a.metavar,a.nargs = (a.dest.upper().removesuffix("S"),"+") if rule and rule.many else (a.dest.upper(),None)
     p.add_argument("--version", action="version", version=f"%(prog)s of capsule_routing {__version__}")
     return p
 
@@ -154,7 +155,7 @@ def verb(
             got = sig.bind(*args, **kwargs)
             for k,v in got.arguments.items():
                 p,r = sig.parameters[k],rules.get(k)
-                if p.kind is inspect.Parameter.VAR_POSITIONAL: got.arguments[k] = tuple(_check(k, x, p.annotation, r) for x in v)
+                if r and r.many: got.arguments[k] = tuple(_check(k, x, p.annotation, r) for x in ((v,) if isinstance(v, (str, os.PathLike)) else v))
                 elif v is not p.default: got.arguments[k] = _check(k, v, p.annotation, r)
             token = _given.set(frozenset(got.arguments))
             try: return func(*got.args, **got.kwargs)
@@ -165,9 +166,10 @@ def verb(
 
 # %% ../nbs/18_commands.ipynb #from-shell
 def _from_shell(frame):
-    "Is this the top level of a script, or of `python -c`? (A notebook's cell is neither.)"
+    "Is this the top level of a script, or of `python -c`? (A notebook's cell and the Python prompt are neither.)"
     g = frame.f_globals
-    return frame.f_locals is g and g.get("__name__") == "__main__" and ("__file__" in g or sys.argv[:1] == ["-c"])
+    by_hand = "get_ipython" in g or hasattr(sys, "ps1")
+    return frame.f_locals is g and g.get("__name__") == "__main__" and ("__file__" in g or not by_hand)
 
 # %% ../nbs/18_commands.ipynb #one-line
 def _one_line(text, n=600):
@@ -487,7 +489,7 @@ def _show(ax, x, title=""):
     "One image `(c, h, w)`, uint8 or in [0, 1]"
     x = x.movedim(0, -1).cpu()
     top = 1. if x.is_floating_point() else 255
-    ax.imshow(x[..., 0] if x.shape[-1] != 3 else x, cmap="gray", vmin=0, vmax=top, interpolation="nearest")
+    ax.imshow((x[..., 0] if x.shape[-1] != 3 else x).numpy(), cmap="gray", vmin=0, vmax=top, interpolation="nearest")
     ax.set_title(title, fontsize=8)
     ax.set_xticks([]); ax.set_yticks([])
 
@@ -672,11 +674,11 @@ def _look(net, x, precision, batch=250):
     return lens,None if outs[0].recon is None else torch.cat([o.recon.float().cpu() for o in outs])
 
 # %% ../nbs/18_commands.ipynb #capsule-predict
-@verb("capsule_predict runs/mnist-1 seven.png", weights=one_of("last", "best"), precision=one_of(*PRECISIONS), run=_a_path, images=_a_path,
+@verb("capsule_predict runs/mnist-1 seven.png", weights=one_of("last", "best"), precision=one_of(*PRECISIONS), run=_a_path, images=_a_path._replace(many=True),
       out=Rule("the path of a .png, .pdf or .svg file", lambda v: Path(v).suffix.lower() in (".png", ".pdf", ".svg")))
 def capsule_predict(
     run:str,               # Run folder
-    *images:str,           # Image files
+    images:str,            # Image file, or several
     weights:str="last",    # The last weights, or the best, which were picked by their test errors
     invert:bool=False,     # Turn dark on light into light on dark
     out:str=None,          # Picture of inputs and reconstructions; without it prediction.png in the run folder

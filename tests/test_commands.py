@@ -69,7 +69,7 @@ def test_every_option_is_explained():
     from fastcore.docments import docments
     import inspect
     for f in VERBS:
-        docs = docments(inspect.unwrap(f))
+        docs = docments(inspect.unwrap(f), returns=False)
         for k in inspect.signature(f).parameters: assert docs.get(k), (f.__name__, k)
 
 
@@ -409,3 +409,11 @@ def test_runs_are_numbered_and_never_overwritten(image_folder, tmp_path, monkeyp
     capsys.readouterr()
     assert run_verb(capsule_train, ["--resume"]) == 2
     assert "the newest is runs/folder-2" in capsys.readouterr().err
+
+
+def test_python_callers_give_one_image_or_several(folder_run, image_folder, capsys):
+    some = sorted((image_folder/"test"/"two").glob("*.png"))[:2]
+    assert [f["image"] for f in capsule_predict(folder_run, some[0])] == [str(some[0])]
+    assert [f["image"] for f in capsule_predict(folder_run, some, json=True)] == list(map(str, some))
+    with pytest.raises(ValueError, match="images"): capsule_predict(folder_run, [])
+    with pytest.raises(ValueError, match="images=3: must be"): capsule_predict(folder_run, [3])
