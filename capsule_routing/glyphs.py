@@ -21,7 +21,7 @@ FACES = {  # Font files in matplotlib's `ttf` folder, with the slant of their ow
     'DejaVuSans': 0, 'DejaVuSans-Bold': 0, 'DejaVuSansMono': 0, 'DejaVuSansMono-Bold': 0,
     'DejaVuSerif': 0, 'DejaVuSerif-Bold': 0, 'STIXGeneral': 0, 'STIXGeneralBol': 0,
     'STIXGeneralItalic': 15.5, 'STIXGeneralBolIta': 15.5,
-    'cmr10': 0, 'cmb10': 0, 'cmss10': 0, 'cmti10': 14.04, 'cmtt10': 0}
+    'cmr10': 0, 'cmb10': 0, 'cmss10': 0, 'cmtt10': 0}
 
 # %% ../nbs/07_glyphs.ipynb #glyphs-outline
 def digit_outline(

@@ -458,6 +458,7 @@ def test_bad_files_give_one_line_that_names_them(tmp_path, recwarn):
     for p in paths:
         with pytest.raises(ValueError) as e: read_image(p)
         assert str(e.value).startswith(f"{p}: cannot be read as an image: ") and "\n" not in str(e.value), str(e.value)
+    with pytest.raises(ValueError, match="not one of PNG, JPEG"): read_image(tmp_path/"script.eps")   # for which Pillow would start Ghostscript
     with pytest.raises(ValueError, match="must be an image file"): read_image(tmp_path)
     with pytest.raises(FileNotFoundError, match="none.png: no such image file"): read_image(tmp_path/"none.png")
     with pytest.raises(ValueError, match="channels=2"): read_image(paths[0], 2)
