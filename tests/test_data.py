@@ -1,12 +1,11 @@
 "Data: batches that depend on seed and epoch alone; downloads that end, whole or not at all; image files of every kind."
-import contextlib, gzip, hashlib, http.server, io, os, pickle, struct, subprocess, sys, tarfile, threading, time
+import contextlib, gzip, hashlib, http.server, io, os, pickle, struct, subprocess, sys, tarfile, threading
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from capsule_routing import data as D
 from capsule_routing.data import (DataUnavailable, ImageSet, batches, default_data_dir, epoch_plan, eval_batches, fetch, load_data,
                                   read_image, shift_images)
 
