@@ -8,7 +8,7 @@ __all__ = ['DATASETS', 'SCHEDULES', 'PRECISIONS', 'FREE', 'Refused', 'Rule', 'wh
            'capsule_evaluate', 'prediction_figure', 'capsule_predict']
 
 # %% ../nbs/18_commands.ipynb #imports
-import argparse, inspect, json, math, os, re, shlex, sys, traceback
+import argparse, inspect, math, os, re, shlex, sys, traceback
 from contextvars import ContextVar
 from difflib import get_close_matches
 from dis import opname
@@ -601,7 +601,7 @@ def _test_data(r, s, named):
     elif "dataset" in mine: want = mine
     else: want = {**own, **mine}
     if not (want.get("dataset") or want.get("folder")): raise Refused("is missing, and the run does not name its data", "dataset")
-    if want.get("dataset") not in (None, *DATASETS): raise Refused(f"the run's data can't be loaded again; name other data with --dataset or --folder", "dataset", want["dataset"])
+    if want.get("dataset") not in (None, *DATASETS): raise Refused("the run's data can't be loaded again; name other data with --dataset or --folder", "dataset", want["dataset"])
     data = _data({**dict.fromkeys((*keys, "limit")), **want, "limit": None}, s["json"])
     shape = lambda c, h, w, k: f"{c}x{h}x{w} in {k} classes"
     got,takes = shape(*data.test.image_shape, len(data.test.classes)),shape(c, h, w, r.cfg.n_classes)

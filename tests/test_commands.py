@@ -1,12 +1,11 @@
 "The verbs of the shell: parsing in this process, everything else in real ones."
 import json, shutil
-from pathlib import Path
 
 import pytest
 
 from capsule_routing import commands
-from capsule_routing.commands import Refused, _parse, above, capsule_evaluate, capsule_predict, capsule_train, one_of, run_verb, verb, verb_parser, whole
-from conftest import TINY, ROOT
+from capsule_routing.commands import Refused, _parse, capsule_evaluate, capsule_predict, capsule_train, run_verb, verb, verb_parser, whole
+from conftest import TINY
 
 VERBS = [capsule_train, capsule_evaluate, capsule_predict]
 WELL_KNOWN = ("--batch-size 128 --test-batch-size 1000 --epochs 1 --lr 0.001 --no-cuda --seed 1 --log-interval 10 "
