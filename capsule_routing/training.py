@@ -8,7 +8,7 @@ __all__ = ['PRECISIONS', 'SCHEDULES', 'COMPILES', 'FREE', 'pick_device', 'pick_p
            'resume_config', 'Trainer', 'processes', 'fit', 'peak_memory']
 
 # %% ../nbs/10_training.ipynb #imports
-import hashlib, json, math, os, platform, signal, sys, threading, time
+import hashlib, math, os, platform, signal, sys, threading, time
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
@@ -23,7 +23,7 @@ from . import __version__
 from .losses import margin_loss, reconstruction_loss
 from .capsnet import CapsConfig, CapsNet
 from .data import ImageData, ImageSet, batches, eval_batches
-from .runs import (BEST, CONFIG, HISTORY, LAST, LOCK, OPTIM, Checkpoint, _finite, _json, full_config, lock_run,
+from .runs import (BEST, CONFIG, HISTORY, LAST, Checkpoint, _finite, _json, full_config, lock_run,
                                   make_folder, read_checkpoint, read_json, write_atomic, write_checkpoint)
 
 # %% ../nbs/10_training.ipynb #pick-device
@@ -47,6 +47,10 @@ def pick_precision(
     return "bf16" if any(f is not None and f() for f in asks) else "fp32"
 
 # %% ../nbs/10_training.ipynb #autocast
+def _layout(x:Tensor) -> Tensor:
+    "Channels last on a GPU, whose bf16 convolutions want it."
+    return x.contiguous(memory_format=torch.channels_last) if x.is_cuda else x
+
 def _autocast(precision:str, device:torch.device):
     "The context in which the network runs."
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
@@ -169,11 +173,6 @@ def evaluate(
     pred = lens.argmax(1)
     n, wrong = int(n), int((pred != target).sum())
     return Evaluation(n, wrong, (n - wrong)/n, loss/n, margin/n, None if net.cfg.decoder is None else recon/n, pred, lens, target)
-
-# %% ../nbs/10_training.ipynb #layout
-def _layout(x:Tensor) -> Tensor:
-    "Channels last on a GPU, whose bf16 convolutions want it."
-    return x.contiguous(memory_format=torch.channels_last) if x.is_cuda else x
 
 # %% ../nbs/10_training.ipynb #make-adam
 def _adam(net):

@@ -1,5 +1,5 @@
 "Run folders: what is written comes back exactly, or is refused in one line that names the file."
-import json, os, pickle, struct, subprocess, sys, textwrap
+import json, os, pickle, struct, subprocess, sys
 from pathlib import Path
 
 import pytest, torch
@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from capsule_routing import runs
 from capsule_routing.capsnet import CapsConfig, CapsNet
 from capsule_routing.runs import (BEST, CONFIG, HISTORY, LAST, LOCK, RunLocked, digest, load_run, lock_run, read_checkpoint, read_json,
-                                  read_tensors, save_run, write_atomic, write_tensors)
+                                  save_run, write_atomic, write_tensors)
 
 TINY = CapsConfig(height=20, width=20, conv_channels=4, n_types=2, d_primary=4, d_class=4, decoder=(8,))
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,7 +10,7 @@ from capsule_routing.capsnet import CapsConfig, CapsNet
 from capsule_routing.data import ImageData, ImageSet, batches
 from capsule_routing.losses import capsule_loss, margin_loss, reconstruction_loss
 from capsule_routing.runs import BEST, CONFIG, HISTORY, LAST, LOCK, RunLocked, digest, load_run, lock_run, read_json
-from capsule_routing.training import (CheckpointFailed, Evaluation, Interrupted, TrainConfig, TrainingDiverged, evaluate, fit, lr_at, new_net,
+from capsule_routing.training import (CheckpointFailed, Interrupted, TrainConfig, TrainingDiverged, evaluate, fit, lr_at, new_net,
                                       peak_memory, pick_device, pick_precision, resume_config)
 
 TINY = CapsConfig(height=20, width=20, n_classes=3, conv_channels=4, n_types=2, d_primary=4, d_class=4, decoder=(8,))

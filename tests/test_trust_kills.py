@@ -1,6 +1,5 @@
 "Killed, interrupted, out of disk: real processes, real signals, and the same weights in the end."
 import json, os, shutil, signal, subprocess, sys, time
-from pathlib import Path
 
 import pytest
 from conftest import ROOT, TINY

@@ -6,9 +6,8 @@ import pytest, torch
 from conftest import ROOT
 from test_training import TINY, image_set
 from capsule_routing import runs
-from capsule_routing.capsnet import CapsNet
 from capsule_routing.data import ImageData
-from capsule_routing.runs import CONFIG, HISTORY, LAST, load_run, read_checkpoint, read_json
+from capsule_routing.runs import HISTORY, load_run, read_checkpoint, read_json
 from capsule_routing.training import TrainConfig, fit, new_net
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available() or os.name == "nt", reason="needs torch.distributed with gloo")
