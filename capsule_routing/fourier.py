@@ -179,7 +179,7 @@ class FourierConv2d(nn.Conv2d):
         x:Tensor, # Input, `(b, c, h, w)`
     ) -> bool:    # Take the Fourier domain?
         "Is this input one for which fewer multiplications are less time?"
-        if x.device.type != 'cpu' or not torch.is_grad_enabled() or torch.is_autocast_enabled('cpu'): return False
+        if x.device.type != 'cpu' or torch.is_autocast_enabled('cpu'): return False
         if x.dtype not in (torch.float32, torch.float64) or x.dtype != self.weight.dtype: return False
         (b,c,h,w),o,k,s = x.shape,self.out_channels,self.kernel_size[0],self.stride[0]
         if min(c, o) < 64 or min(h, w) < k or s > k: return False
@@ -187,8 +187,9 @@ class FourierConv2d(nn.Conv2d):
         return 2*n_products(p, b, c, o) < b*c*o*k*k*p.out[0]*p.out[1]
 
     def forward(self, x):
-        if self.pays(x): return fourier_conv2d(x, self.weight, self.bias, self.stride[0])
-        return super().forward(x)
+        if not self.pays(x): return super().forward(x)
+        parts = [x] if torch.is_grad_enabled() else x.split(256)
+        return torch.cat([fourier_conv2d(p, self.weight, self.bias, self.stride[0]) for p in parts])
 
 # %% ../nbs/02b_fourier.ipynb #keep-freed-memory
 def keep_freed_memory(
