@@ -9,6 +9,7 @@ __all__ = ['CapsConfig', 'CapsOut', 'CapsNet', 'count_params']
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from typing import NamedTuple
+import torch
 from torch import nn, Tensor
 from .squash import lengths
 from .layers import PrimaryCaps, RoutedCaps, check_float, check_size
@@ -98,6 +99,7 @@ class CapsNet(nn.Module):
         self.primary = PrimaryCaps(cfg.conv_channels, cfg.n_types, cfg.d_primary, cfg.kernel, stride=2)
         self.digit = RoutedCaps(cfg.n_primary, cfg.d_primary, cfg.n_classes, cfg.d_class, cfg.n_iters, cfg.stop_grad)
         self.decoder = None if cfg.decoder is None else Decoder(cfg.n_classes, cfg.d_class, cfg.image_shape, cfg.decoder)
+        for conv in (self.conv1, self.primary.conv): conv.to(memory_format=torch.channels_last)  # how it lies in memory, nothing else
 
     def forward(self,
         x:Tensor,      # Images, `(b, c, h, w)`, from 0 to 1

@@ -88,7 +88,8 @@ class RoutedCaps(nn.Module):
         super().__init__()
         n_in,d_in,n_out,d_out = (check_size(k, v) for k,v in dict(n_in=n_in, d_in=d_in, n_out=n_out, d_out=d_out).items())
         self.n_iters,self.stop_grad = check_size("n_iters", n_iters),stop_grad
-        self.W = nn.Parameter(torch.randn(n_in, n_out, d_in, d_out) * init_std) # (i, j, d, e)
+        W = torch.randn(n_in, n_out, d_in, d_out) * init_std                     # (i, j, d, e)
+        self.W = nn.Parameter(W.permute(1, 3, 2, 0).contiguous().permute(3, 0, 2, 1)) # lies as (j, e, d, i), as the factored routing reads it
 
     def forward(self,
         u:Tensor,         # Lower poses, `(b, i, d)`

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fastcore.basics import patch
 
 from . import __version__
+from .fourier import keep_freed_memory
 from .losses import margin_loss, reconstruction_loss
 from .capsnet import CapsConfig, CapsNet
 from .data import ImageData, ImageSet, batches, eval_batches
@@ -40,11 +41,9 @@ def pick_precision(
     precision:str,       # `"auto"`, `"fp32"` or `"bf16"`
     device:torch.device, # Where the network runs
 ) -> str:                # `"fp32"` or `"bf16"`
-    "`auto` is bf16 where the hardware multiplies it natively, fp32 elsewhere."
+    "`auto` is bf16 on a GPU that has it, fp32 elsewhere."
     if precision != "auto": return precision
-    if device.type == "cuda": return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    asks = [getattr(torch.cpu, f"_is_{o}_supported", None) for o in ("avx512_bf16", "amx_tile")]
-    return "bf16" if any(f is not None and f() for f in asks) else "fp32"
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
 
 # %% ../nbs/10_training.ipynb #autocast
 def _layout(x:Tensor) -> Tensor:
@@ -306,7 +305,6 @@ def _rank_world():
 def prepare(self:Trainer, ck:Optional[Checkpoint]):
     "Move everything to the device and take up the checkpoint's state."
     self.net.to(self.device)
-    if self.device.type == "cuda": self.net.to(memory_format=torch.channels_last)
     self.train_set, self.test_set = self.data.train.to(self.device), self.data.test.to(self.device)
     self.opt = _adam(self.net)
     self.sums = torch.zeros(4, dtype=torch.float64, device=self.device)
@@ -577,15 +575,17 @@ def run(self:Trainer, ck:Optional[Checkpoint]):
 # %% ../nbs/10_training.ipynb #machine
 @contextmanager
 def _machine(cfg:TrainConfig, device):
-    "Threads and determinism for the length of a run, then as they were."
+    "Threads, memory and determinism for the length of a run, then as they were."
     threads, was = torch.get_num_threads(), (torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark)
     torch.set_num_threads(cfg.threads)
+    if device.type == "cpu": keep_freed_memory()
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True); torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     try: yield
     finally:
         torch.set_num_threads(threads)
+        if device.type == "cpu": keep_freed_memory(False)
         torch.use_deterministic_algorithms(was[0]); torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = was[1:]
 
 # %% ../nbs/10_training.ipynb #fit
