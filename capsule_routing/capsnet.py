@@ -99,7 +99,8 @@ class CapsNet(nn.Module):
         self.primary = PrimaryCaps(cfg.conv_channels, cfg.n_types, cfg.d_primary, cfg.kernel, stride=2)
         self.digit = RoutedCaps(cfg.n_primary, cfg.d_primary, cfg.n_classes, cfg.d_class, cfg.n_iters, cfg.stop_grad)
         self.decoder = None if cfg.decoder is None else Decoder(cfg.n_classes, cfg.d_class, cfg.image_shape, cfg.decoder)
-        for conv in (self.conv1, self.primary.conv): conv.to(memory_format=torch.channels_last)  # how it lies in memory, nothing else
+        for m in (self.conv1, self.primary.conv):                            # how they lie in memory, nothing else
+            m.weight = nn.Parameter(m.weight.detach().contiguous(memory_format=torch.channels_last))
 
     def forward(self,
         x:Tensor,      # Images, `(b, c, h, w)`, from 0 to 1
