@@ -563,7 +563,7 @@ def run(self:Trainer, ck:Optional[Checkpoint]):
         self.began, self.saved_at = None, time.monotonic()
         self.prepare(ck)
         if self.path is not None and self.rank == 0:
-            try: write_atomic(self.path/CONFIG, _json(self.config))
+            try: write_atomic(self.path/CONFIG, _json(self.config)); write_atomic(self.path/HISTORY, _json(self.history))   # a kill may have left them behind
             except OSError as e: raise CheckpointFailed(f"{self.path}: cannot write the run folder: {e.strerror or e}") from e
         if ck is None: self.save()                         # shows at once whether the disk takes a checkpoint
         self.tell("on_start", self.where())

@@ -1,5 +1,5 @@
 "Training: what is computed, what is counted, what stops it, and that it goes on as if nothing had been."
-import errno, json, math, os, signal, threading
+import errno, json, math, os, shutil, signal, threading
 from dataclasses import asdict, replace
 
 import pytest, torch
@@ -379,6 +379,14 @@ def test_derived_files_do_not_matter_on_resume(data, whole, tmp_path):
     assert plain(read_json(tmp_path/"run"/HISTORY, list)) == plain(whole[1]) and load_run(tmp_path/"run")
 
 
+def test_killed_after_the_last_checkpoint_of_all(data, whole, tmp_path):
+    "Nothing is left to train, but history.json is one epoch behind: it is brought up to date"
+    path = tmp_path/"run"
+    shutil.copytree(whole[0], path)
+    runs.write_atomic(path/HISTORY, json.dumps(whole[1][:1]).encode())
+    assert train(data, path, resume=True) == whole[1] == read_json(path/HISTORY, list)
+
+
 def test_second_training_in_a_folder_is_refused(data, tmp_path):
     (tmp_path/"run").mkdir()
     with lock_run(tmp_path/"run"):
@@ -488,11 +496,11 @@ def test_data_that_does_not_fit(data):
 
 
 def test_precision_is_chosen_by_capability(monkeypatch):
-    assert pick_precision("auto", torch.device("cpu")) == "fp32"
-    for has, want in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: has)
-        assert pick_precision("auto", torch.device("cuda")) == want
-    assert pick_precision("bf16", torch.device("cpu")) == "bf16"
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for has in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *a, **k: has)
+        assert pick_precision("auto", gpu) == ("bf16" if has else "fp32") and pick_precision("auto", cpu) == "fp32"
+    assert pick_precision("bf16", cpu) == "bf16" and pick_precision("fp32", gpu) == "fp32"
     assert pick_device(no_cuda=True).type == "cpu" and peak_memory() > 2**20
 
 
