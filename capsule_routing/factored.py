@@ -47,21 +47,24 @@ def _d_couplings(
 
 # %% ../nbs/02_factored.ipynb #d-inputs
 def _d_inputs(
-    c:Tensor,   # Couplings, `(j, b, i)`
-    v:Tensor,   # Poses, `(j, b, e)`
-    u:Tensor,   # Children, `(b, d, i)`
-    W:Tensor,   # Transformations, `(j, e, d*i)`
-    gu:Tensor,  # The derivative by `u` is added here
-    gW:Tensor,  # The derivative by `W` is added here
-    gc:Tensor=None, # The derivative by `c` is written here, if wanted: the product is at hand
+    c:Tensor,       # Couplings, `(j, b, i)`
+    v:Tensor,       # Poses, `(j, b, e)`
+    u:Tensor,       # Children, `(b, d, i)`
+    W:Tensor,       # Transformations, `(j, e, d*i)`
+    gu:Tensor,      # The derivative by `u` is added here
+    gW:Tensor,      # The derivative by `W` is added here
+    gc:Tensor=None, # The derivative by `c` is written here, if wanted
+    gv:Tensor=None, # The derivative by `v` is written here, if wanted
 ):
-    "The derivatives of the form by the children and by the transformations."
+    "The derivatives of the form by the children and by the transformations; the others at little more cost."
     for p in _chunks(u, W):
-        gW[p].baddbmm_(v[p].transpose(1, 2), (c[p, :, None] * u).flatten(2))
+        cu = (c[p, :, None] * u).flatten(2)                     # (p, b, d*i)
+        gW[p].baddbmm_(v[p].transpose(1, 2), cu)
+        if gv is not None: torch.bmm(cu, W[p].transpose(1, 2), out=gv[p])
         back = torch.bmm(v[p], W[p]).unflatten(2, u.shape[1:])  # (p, b, d, i)
-        if gc is not None: torch.sum(back * u, 2, out=gc[p])
+        if gc is not None: torch.sum(torch.mul(back, u, out=cu.view_as(back)), 2, out=gc[p])
         if len(back) == 1: gu.addcmul_(back[0], c[p.start, :, None])
-        else: gu += (back.mul_(c[p, :, None])).sum(0)
+        else: gu += back.mul_(c[p, :, None]).sum(0)
 
 # %% ../nbs/02_factored.ipynb #squash-back
 EPS = 1e-8  # The default of squash
@@ -114,8 +117,9 @@ class _Factored(torch.autograd.Function):
             _d_inputs(c, g, u, W, gu, gW, gc)
             if ctx.stop_grad: break
             gb = c * (gc - (c * gc).sum(0))                     # softmax, backwards
-            _d_inputs(gb, Vs[r-1], u, W, gu, gW)
-            g = gV = gV + _d_poses(gb, u, W)                    # V is a sum: all earlier poses get this
+            _d_inputs(gb, Vs[r-1], u, W, gu, gW, gv=g)
+            gV = gV + g                                         # V is a sum: all earlier poses get this
+            g = gV
         nb,d,ni = u.shape
         return gu.transpose(1, 2), gW.unflatten(2, (d, ni)).permute(3, 0, 2, 1), None, None
 

@@ -188,17 +188,19 @@ class FourierConv2d(nn.Conv2d):
 
     def forward(self, x):
         if not self.pays(x): return super().forward(x)
-        parts = [x] if torch.is_grad_enabled() else x.split(256)
-        return torch.cat([fourier_conv2d(p, self.weight, self.bias, self.stride[0]) for p in parts])
+        def conv(x): return fourier_conv2d(x, self.weight, self.bias, self.stride[0])
+        if torch.is_grad_enabled() or len(x) <= 256: return conv(x)
+        return torch.cat([conv(part) for part in x.split(256)])
 
 # %% ../nbs/02b_fourier.ipynb #keep-freed-memory
 def keep_freed_memory(
-    on:bool=True, # False goes back to glibc's defaults
+    on:bool=True, # False goes back to what glibc's own rules arrive at when large tensors come and go
 ) -> bool:        # Whether the C library understood
     "Let the process keep freed memory for its next tensors (glibc only; elsewhere nothing happens)."
     if not sys.platform.startswith('linux'): return False
     try: libc = ctypes.CDLL('libc.so.6')
     except OSError: return False                                  # not glibc
-    m_trim_threshold,m_mmap_max = -1,-4                           # of <malloc.h>
-    maps,trim = (0, 2**31-1) if on else (65536, 128*1024)
-    return bool(libc.mallopt(m_mmap_max, maps) and libc.mallopt(m_trim_threshold, trim))
+    trim_threshold,mmap_threshold,mmap_max = -1,-3,-4             # of <malloc.h>
+    wanted = ((mmap_max, 0), (trim_threshold, 2**31-1)) if on else \
+             ((mmap_max, 65536), (mmap_threshold, 2**25), (trim_threshold, 2**26))
+    return all([libc.mallopt(k, v) for k,v in wanted])

@@ -1,0 +1,202 @@
+"What the fast paths promise: the same numbers, and sizes of allocations. No clock is looked at."
+import json, math, subprocess, sys
+
+import pytest, torch
+import torch.nn.functional as F
+
+from capsule_routing.capsnet import CapsConfig, CapsNet
+from capsule_routing.factored import route_factored
+from capsule_routing.fourier import FourierConv2d, conv_plan, fourier_conv2d
+from capsule_routing.layers import RoutedCaps
+from capsule_routing.routing import route, votes
+from capsule_routing.speed import (STAGES, BroadcastCaps, EinsumCaps, PeakBytes, alternate, bench_growth, bench_table, machine,
+                                   peak_bytes, run_bench, speed_results, staged_net, step_flop)
+from capsule_routing.squash import squash
+
+TINY = CapsConfig(conv_channels=8, n_types=2, d_primary=4, d_class=4, decoder=(16, 32))
+N_VOTES = 128*1152*10*16
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+def distance(a, b): return ((a - b).norm()/b.norm().clamp_min(1e-300)).item()
+
+def both(u, W, **kw):
+    "Relative distances of values and of both gradients, factored against plain"
+    a, b = route_factored(u, W, **kw), route(votes(u, W), **kw)
+    g = torch.randn(b.shape, generator=torch.Generator().manual_seed(1), dtype=b.dtype).to(b.device)
+    return [distance(a, b)] + [distance(x, y) for x, y in zip(torch.autograd.grad(a, (u, W), g), torch.autograd.grad(b, (u, W), g))]
+
+def inputs(b, i, j, d, e, dtype=torch.float32, device="cpu", seed=0):
+    g = torch.Generator().manual_seed(seed)
+    u = squash(torch.randn(b, i, d, generator=g, dtype=dtype)).to(device).requires_grad_()
+    W = (torch.randn(i, j, d, e, generator=g, dtype=dtype)/10).to(device).requires_grad_()
+    return u, W
+
+def paper_layer(kind, b=128):
+    "Forward and backward of the paper's capsule layer, as a function without arguments"
+    u, _ = inputs(b, 1152, 1, 8, 1)
+    layer = kind(1152, 8, 10, 16)
+    gv = torch.ones(b, 10, 16)
+    return lambda: torch.autograd.grad(layer(u), (u, layer.W), gv)
+
+# --- the same numbers
+
+@pytest.mark.parametrize("stop_grad", (False, True))
+@pytest.mark.parametrize("n_iters", (1, 2, 3, 4, 7, 10))
+def test_factored_equals_plain_in_64_bits(n_iters, stop_grad):
+    assert max(both(*inputs(3, 17, 5, 4, 6, torch.float64), n_iters=n_iters, stop_grad=stop_grad)) < 1e-10
+
+@pytest.mark.parametrize("sizes", ((1, 1, 1, 1, 1), (1, 9, 2, 3, 5), (5, 3, 11, 8, 2), (2, 40, 1, 2, 7), (4, 1, 6, 5, 3)))
+def test_factored_equals_plain_for_any_sizes(sizes):
+    for stop_grad in (False, True): assert max(both(*inputs(*sizes, torch.float64), stop_grad=stop_grad)) < 1e-10
+
+def test_factored_equals_plain_in_32_bits_at_the_papers_sizes():
+    assert max(both(*inputs(128, 1152, 10, 8, 16))) < 1e-5
+
+@pytest.mark.parametrize("stop_grad", (False, True))
+@pytest.mark.parametrize("n_iters", (1, 2, 4))
+def test_factored_gradcheck(n_iters, stop_grad):
+    u, W = inputs(2, 4, 3, 3, 2, torch.float64)
+    if stop_grad: # finite differences see the couplings move: check against the plain one, whose own test is in test_paper
+        assert max(both(u, W, n_iters=n_iters, stop_grad=True)) < 1e-10
+    else: assert torch.autograd.gradcheck(lambda u, W: route_factored(u, W, n_iters), (u, W))
+
+def test_the_layer_takes_the_factored_way(monkeypatch):
+    import capsule_routing.layers as layers
+    called = []
+    monkeypatch.setattr(layers, "route_factored", lambda *a: called.append(1) or route_factored(*a))
+    RoutedCaps(6, 3, 4, 5)(torch.rand(2, 6, 3))
+    assert called
+
+@pytest.mark.parametrize("size,k,s,o", (((20, 20), 9, 2, 7), ((24, 24), 9, 2, 3), ((56, 33), 9, 2, 2), ((9, 9), 9, 2, 4), ((30, 17), 5, 3, 4), ((12, 12), 3, 1, 5)))
+def test_fourier_convolution_equals_the_direct_one(size, k, s, o):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 4, *size, generator=g, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(o, 4, k, k, generator=g, dtype=torch.float64, requires_grad=True)
+    a, b = fourier_conv2d(x, w, stride=s), F.conv2d(x, w, stride=s)
+    gy = torch.randn(b.shape, generator=g, dtype=b.dtype)
+    assert distance(a, b) < 1e-10
+    assert max(distance(p, q) for p, q in zip(torch.autograd.grad(a, (x, w), gy), torch.autograd.grad(b, (x, w), gy))) < 1e-10
+
+def test_the_fast_network_is_the_plain_network():
+    "Same weights, same images, in 64 bits: lengths, reconstruction and every gradient, plain against ours, at the paper's widths"
+    torch.manual_seed(0)
+    cfg = CapsConfig(decoder=(32,))
+    ours, plain = staged_net("memory kept", cfg).double(), staged_net("plain", cfg).double()
+    plain.load_state_dict(ours.state_dict())
+    x, y = torch.rand(16, 1, 28, 28).double(), torch.randint(10, (16,))
+    assert ours.primary.conv.pays(torch.empty(16, 256, 20, 20).double()) and type(plain.primary.conv) is torch.nn.Conv2d
+    outs = [net(x, y) for net in (ours, plain)]
+    for a, b in zip(*outs): assert distance(a.detach(), b.detach()) < 1e-10
+    for o in outs: (o.lengths.sum() + o.recon.sum()).backward()
+    for (k, p), (_, q) in zip(ours.named_parameters(), plain.named_parameters()): assert distance(p.grad, q.grad) < 1e-9, k
+
+def test_every_stage_is_the_same_function():
+    first, x = staged_net("plain", TINY), torch.rand(3, 1, 28, 28)
+    for stage in STAGES:
+        net = staged_net(stage, TINY)
+        net.load_state_dict(first.state_dict())
+        assert distance(net(x).lengths.detach(), first(x).lengths.detach()) < 1e-5, stage
+
+# --- what is allocated
+
+def test_no_tensor_is_as_large_as_the_votes():
+    with PeakBytes() as m: paper_layer(RoutedCaps)()
+    assert m.largest < 4*N_VOTES/10
+    with PeakBytes() as m: paper_layer(EinsumCaps)()
+    assert m.largest >= 4*N_VOTES                     # the measure sees them where they are
+
+def test_peak_is_at_most_a_third_of_the_plain_versions():
+    ours, plain, broadcast = (peak_bytes(paper_layer(k)) for k in (RoutedCaps, EinsumCaps, BroadcastCaps))
+    assert ours <= plain/3 and ours <= broadcast/3
+
+def test_a_batch_of_1000_stays_below_the_votes_alone():
+    assert peak_bytes(paper_layer(RoutedCaps, 1000)) < 4*1000*1152*10*16
+
+@pytest.mark.parametrize("name,sizes", (("batch_size", (1, 16, 256, 1024)), ("n_out", (2, 10, 50, 200)), ("n_in", (1152, 12800, 51200))))
+def test_memory_grows_at_most_linearly(name, sizes):
+    from capsule_routing.speed import bench_routing
+    base = dict(batch_size=4, n_in=144, n_out=10)
+    if name == "n_in": base["n_out"] = 3
+    peaks = []
+    for s in sizes:
+        a = {**base, name: s}
+        u, _ = inputs(a["batch_size"], a["n_in"], 1, 8, 1)
+        layer, gv = RoutedCaps(a["n_in"], 8, a["n_out"], 16), torch.ones(a["batch_size"], a["n_out"], 16)
+        peaks.append(peak_bytes(lambda: torch.autograd.grad(layer(u), (u, layer.W), gv)))
+    for (m, p), (n, q) in zip(zip(sizes, peaks), zip(sizes[1:], peaks[1:])): assert q/p <= 1.05*n/m, (m, n, p, q)
+
+def test_prediction_goes_in_portions():
+    "The transforms of a thousand images need no more than those of 256"
+    conv = FourierConv2d(64, 64, 9, 2)
+    with torch.no_grad(): a, b = (peak_bytes(lambda: conv(torch.zeros(n, 64, 20, 20))) - 4*n*64*(400 + 2*36) for n in (256, 1024))
+    assert b < 1.5*a
+
+# --- choices
+
+def test_what_pays_is_known_from_the_shapes():
+    conv, x = FourierConv2d(256, 256, 9, 2), torch.empty(128, 256, 20, 20)
+    assert conv.pays(x) and not conv.pays(x[:1]) and not conv.pays(x.bfloat16()) and not conv.pays(x.to("meta"))
+    assert not FourierConv2d(1, 256, 9)(torch.zeros(2, 1, 20, 20)).isnan().any()
+    assert not FourierConv2d(8, 8, 9, 2).pays(torch.empty(128, 8, 20, 20))
+    with torch.autocast("cpu", torch.bfloat16): assert not conv.pays(x)
+
+def test_the_plan_covers_every_result():
+    for n in range(9, 110):
+        p = conv_plan((n, n + 3), 9, 2)
+        assert p.out == tuple((s - 9)//2 + 1 for s in (n, n + 3))
+        assert all(t*m >= o and (t - 1)*m < o for t, m, o in zip(p.n_tiles, p.tile, p.out)) and max(p.n) <= 12
+
+def test_the_papers_step_is_155_gflop():
+    assert round(step_flop(CapsConfig(), 128)/1e9) in range(150, 161)
+
+# --- the benchmark
+
+def test_the_contenders_take_turns():
+    order = []
+    times = alternate({k: lambda k=k: order.append(k) for k in "ab"}, n=2, warmup=1)
+    assert "".join(order) == "ababab" and all(len(t) == 2 and min(t) >= 0 for t in times.values())
+    with pytest.raises(ValueError, match="got 0"): alternate({}, n=0)
+
+def test_a_result_names_its_machine_and_reads_as_a_table():
+    res = json.loads(json.dumps(run_bench(("step", "routing"), n=1, batch_size=2, cfg=TINY)))
+    assert {"device", "threads", "torch", "python", "capsule_routing", "date", "capability"} <= set(res["machine"]) == set(machine())
+    assert set(res["step"]["seconds"]) == set(STAGES) and all(v["n"] == 1 for v in res["step"]["seconds"].values())
+    assert all(k in bench_table(res) for k in (*STAGES, "RoutedCaps", "peak"))
+    with pytest.raises(ValueError, match="'warp'"): run_bench(("warp",))
+
+def test_growth_reports_every_size():
+    r = bench_growth(n=1, growth=dict(batch_size=(2, 4), n_out=(2, 3)))
+    assert [q["size"] for q in r["rows"]["batch_size"]] == [2, 4] and all(q["peak_bytes"] > 0 for q in r["rows"]["n_out"])
+
+def test_the_committed_results_hold_what_the_page_claims():
+    res = speed_results()
+    sec = {k: v["median"] for k, v in res["step"]["seconds"].items()}
+    assert list(sec) == list(STAGES) and all(v["n"] >= 5 for v in res["step"]["seconds"].values())
+    assert sec["plain"]/sec["memory kept"] >= 2 and res["step"]["batch_size"] == 128 and res["step"]["precision"] == "fp32"
+    routing = {k: v["median"] for k, v in res["routing"]["seconds"].items()}
+    assert routing["BroadcastCaps"]/routing["RoutedCaps"] >= 4
+    peaks = res["routing"]["peak_bytes"]
+    assert peaks["RoutedCaps"] <= peaks["EinsumCaps"]/3
+    assert math.isfinite(res["limits"]["matmul"]) and res["command"].startswith("capsule_bench")
+    assert speed_results("no-such-file") is None
+
+# --- on a GPU
+
+@cuda
+def test_factored_equals_plain_on_a_gpu():
+    allow, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
+    try: assert max(both(*inputs(128, 1152, 10, 8, 16, device="cuda"))) < 1e-5 and max(both(*inputs(3, 17, 5, 4, 6, torch.float64, "cuda"))) < 1e-10
+    finally: torch.backends.cuda.matmul.allow_tf32 = allow
+
+@cuda
+def test_peak_on_a_gpu():
+    def peak(kind):
+        u, layer = squash(torch.randn(128, 1152, 8, device="cuda")).requires_grad_(), kind(1152, 8, 10, 16).cuda()
+        torch.cuda.reset_peak_memory_stats(); before = torch.cuda.memory_allocated()
+        torch.autograd.grad(layer(u).sum(), (u, layer.W))
+        return torch.cuda.max_memory_allocated() - before
+    assert peak(RoutedCaps) <= peak(EinsumCaps)/3
+
+@cuda
+def test_the_gpu_takes_cudnns_convolution():
+    assert not FourierConv2d(256, 256, 9, 2).cuda().pays(torch.empty(128, 256, 20, 20, device="cuda"))
