@@ -83,8 +83,8 @@ def test_the_fast_network_is_the_plain_network():
     cfg = CapsConfig(decoder=(32,))
     ours, plain = staged_net("memory kept", cfg).double(), staged_net("plain", cfg).double()
     plain.load_state_dict(ours.state_dict())
-    x, y = torch.rand(16, 1, 28, 28).double(), torch.randint(10, (16,))
-    assert ours.primary.conv.pays(torch.empty(16, 256, 20, 20).double()) and type(plain.primary.conv) is torch.nn.Conv2d
+    x, y = torch.rand(32, 1, 28, 28).double(), torch.randint(10, (32,))
+    assert ours.primary.conv.pays(torch.empty(32, 256, 20, 20).double()) and type(plain.primary.conv) is torch.nn.Conv2d
     outs = [net(x, y) for net in (ours, plain)]
     for a, b in zip(*outs): assert distance(a.detach(), b.detach()) < 1e-10
     for o in outs: (o.lengths.sum() + o.recon.sum()).backward()
