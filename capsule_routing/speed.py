@@ -64,8 +64,8 @@ def staged_net(
     i,j,d,e = net.digit.W.shape
     if routing is not RoutedCaps: net.digit = routing(i, d, j, e, cfg.n_iters)
     if conv is not None: net.primary.conv = conv(cfg.conv_channels, cfg.n_types*cfg.d_primary, cfg.kernel, 2)
-    net.to(device)
-    return net.to(memory_format=torch.channels_last) if channels_last else net
+    for m in (net.conv1, net.primary.conv): m.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    return net.to(device)
 
 # %% ../nbs/16_speed.ipynb #staged-step
 def staged_step(
@@ -95,7 +95,8 @@ def staged_step(
 def alternate(
     contenders:dict, # Name to function without arguments
     n:int=7,         # Turns each
-    warmup:int=2,    # Turns that do not count
+    warmup:int=1,    # Turns that do not count
+    settle:int=0,    # Calls before each one that is timed: whoever was here before has left the memory in another state
     device='cpu',    # Waited for before the clock is read
 ) -> dict:           # Name to seconds of each turn
     "Time functions in turn, so that a slow minute hits all of them."
@@ -105,6 +106,7 @@ def alternate(
     times = {k: [] for k in contenders}
     for t in range(warmup + n):
         for k,f in contenders.items():
+            for _ in range(settle): f()
             wait(); t0 = time.perf_counter(); f(); wait()
             if t >= warmup: times[k].append(time.perf_counter() - t0)
     return times
@@ -169,7 +171,7 @@ def bench_step(
     precision:str='fp32',        # `fp32` or `bf16`
 ) -> dict:                       # Seconds of a training step by stage
     "A training step at each stage, taking turns."
-    t = alternate({s: staged_step(s, cfg, batch_size, device, precision) for s in stages}, n, device=device)
+    t = alternate({s: staged_step(s, cfg, batch_size, device, precision) for s in stages}, n, settle=1, device=device)
     return dict(batch_size=batch_size, precision=precision, seconds=_spread(t), flop=step_flop(cfg, batch_size))
 
 # %% ../nbs/16_speed.ipynb #step-flop
@@ -215,9 +217,10 @@ def bench_inference(
     "Naming images, without gradients."
     x = torch.rand(batch_size, *cfg.image_shape, generator=torch.Generator().manual_seed(0)).to(device)
     nets = {s: staged_net(s, cfg, device).eval() for s in ('plain', 'memory kept')}
+    if torch.device(device).type == 'cpu': keep_freed_memory()      # as in training, for both
     def name(net):
         with torch.inference_mode(): return net(x).lengths.argmax(1)
-    t = alternate({s: (lambda net=net: name(net)) for s,net in nets.items()}, n, warmup=1, device=device)
+    t = alternate({s: (lambda net=net: name(net)) for s,net in nets.items()}, n, device=device)
     return dict(batch_size=batch_size, seconds=_spread(t))
 
 # %% ../nbs/16_speed.ipynb #bench-growth
