@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'GROWTH', 'PARTS', 'BroadcastCaps', 'EinsumCaps', 'staged_net', 'staged_step', 'alternate', 'PeakBytes',
-           'peak_bytes', 'machine', 'machine_limits', 'bench_step', 'step_flop', 'bench_routing', 'bench_inference',
-           'bench_growth', 'bench_epoch', 'run_bench', 'bench_table', 'speed_results']
+           'peak_bytes', 'machine', 'machine_limits', 'bench_step', 'step_flop', 'bench_shares', 'bench_routing',
+           'bench_inference', 'bench_growth', 'bench_epoch', 'run_bench', 'bench_table', 'speed_results']
 
 # %% ../nbs/16_speed.ipynb #imports
 import json, os, platform, statistics, time
@@ -17,12 +17,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from . import __version__
-from .squash import squash
+from .squash import lengths, squash
 from .routing import votes, route
 from .fourier import keep_freed_memory
 from .layers import RoutedCaps
 from .losses import capsule_loss
-from .capsnet import CapsConfig, CapsNet
+from .decoder import mask_capsules
+from .capsnet import CapsConfig, CapsNet, CapsOut
 
 # %% ../nbs/16_speed.ipynb #broadcast-caps
 class BroadcastCaps(RoutedCaps):
@@ -158,6 +159,7 @@ def machine_limits(
     "What the machine can do at best: a large matrix product and a large copy."
     a,b = (torch.randn(4096, 4096, device=device) for _ in 'ab')
     x,y = (torch.randn(2**26, device=device) for _ in 'xy')
+    keep_freed_memory()
     t = alternate(dict(matmul=lambda: torch.mm(a, b), copy=lambda: y.copy_(x)), n=5, device=device)
     return dict(matmul=2*4096**3 / min(t['matmul']) / 1e9, copy=2*4*2**26 / min(t['copy']) / 1e9)
 
@@ -188,6 +190,40 @@ def step_flop(
     widths = () if c.decoder is None else (c.n_classes*c.d_class, *c.decoder, c.channels*c.height*c.width)
     decoder = sum(a*b for a,b in zip(widths, widths[1:]))
     return 2.*batch_size*(2*conv1 + 3*(primary + digit + decoder))     # the image needs no gradient
+
+# %% ../nbs/16_speed.ipynb #part-functions
+def _parts(net, x, y):
+    "The parts of a step, each a function without arguments."
+    with torch.no_grad(): h = net.conv1(x).relu(); u = net.primary(h); v = net.digit(u)
+    h,u,v = (t.detach().requires_grad_() for t in (h, u, v))
+    ones = {k: torch.ones_like(t) for k,t in dict(h=h, u=u, v=v).items()}
+    opt = torch.optim.Adam(net.parameters(), fused=True)
+    for p in net.parameters(): p.grad = torch.zeros_like(p)
+    def grad(out, inputs, g=None): return torch.autograd.grad(out, inputs, g)
+    def head():
+        loss = capsule_loss(CapsOut(lengths(v), v, None if net.decoder is None else net.decoder(mask_capsules(v, y))), y, x)
+        return grad(loss, [v] + ([] if net.decoder is None else list(net.decoder.parameters())))
+    return {'first convolution': lambda: grad(net.conv1(x).relu(), list(net.conv1.parameters()), ones['h']),
+            'primary capsules': lambda: grad(net.primary(h), [h, *net.primary.parameters()], ones['u']),
+            'routing': lambda: grad(net.digit(u), [u, *net.digit.parameters()], ones['v']),
+            'decoder and losses': head, 'Adam': opt.step}
+
+# %% ../nbs/16_speed.ipynb #bench-shares
+def bench_shares(
+    cfg:CapsConfig=CapsConfig(), # Sizes of the network
+    batch_size:int=128,          # Images in a step
+    n:int=5,                     # Turns
+    device='cpu',                # Where to run
+    stages=('plain', 'memory kept'), # Which stages
+) -> dict:                       # Seconds of each part, by stage
+    "The parts of a training step, each by itself, forward and backward."
+    g,out = torch.Generator().manual_seed(0),{}
+    x = torch.rand(batch_size, *cfg.image_shape, generator=g).to(device)
+    y = torch.randint(cfg.n_classes, (batch_size,), generator=g).to(device)
+    for s in stages:
+        if torch.device(device).type == 'cpu': keep_freed_memory(STAGES[s][4])
+        out[s] = _spread(alternate(_parts(staged_net(s, cfg, device), x, y), n, settle=1, device=device))
+    return out
 
 # %% ../nbs/16_speed.ipynb #bench-routing
 def bench_routing(
@@ -261,10 +297,10 @@ def bench_epoch(
                 epoch_seconds=[r['seconds'] for r in history[1:]], test_seconds=_spread(t)['test'])
 
 # %% ../nbs/16_speed.ipynb #run-bench
-PARTS = ('limits', 'step', 'routing', 'inference', 'growth', 'epoch')
+PARTS = ('limits', 'step', 'shares', 'routing', 'inference', 'growth', 'epoch')
 
 def run_bench(
-    parts=PARTS[:5],   # Which parts; `epoch` takes half an hour on a CPU and seconds on a GPU
+    parts=PARTS[:-1],  # Which parts; `epoch` takes half an hour on a CPU and seconds on a GPU
     n:int=7,           # Turns of each contender
     batch_size:int=128,# Images in a training step
     device='cpu',      # Where to run
@@ -277,6 +313,7 @@ def run_bench(
     cuda = torch.device(device).type == 'cuda'
     todo = dict(limits=lambda: machine_limits(device),
                 step=lambda: bench_step(cfg, batch_size, n, device),
+                shares=lambda: bench_shares(cfg, batch_size, min(n, 5), device),
                 routing=lambda: bench_routing(batch_size, n=n, device=device),
                 inference=lambda: bench_inference(cfg, n=min(n, 3), device=device),
                 growth=lambda: bench_growth(min(n, 3), device),
@@ -302,6 +339,9 @@ def bench_table(
     if 'limits' in res: lines.append(f"matrix product {res['limits']['matmul']:.0f} GFLOP/s, copy {res['limits']['copy']:.0f} GB/s")
     for k in ('step', 'step_bf16'):
         if k in res: rows(f"training step, batch {res[k]['batch_size']}, {res[k]['precision']}", res[k]['seconds'])
+    for s,parts in res.get('shares', {}).items():
+        total = sum(v['median'] for v in parts.values())
+        lines.append(f"where the time goes, {s}: " + ", ".join(f"{k} {100*v['median']/total:.0f}%" for k,v in parts.items()))
     if 'routing' in res: rows("capsule layer, forward and backward", res['routing']['seconds'],
                               extra=lambda k: f"  peak {res['routing']['peak_bytes'][k]/1e6:6.0f} MB")
     if 'inference' in res: rows(f"prediction, batch {res['inference']['batch_size']}", res['inference']['seconds'])
