@@ -1,9 +1,10 @@
 "Shared by all tests: small data, a small trained run, and the commands as real processes without a network."
-import os, socket, subprocess, sys
+import os, signal, socket, subprocess, sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")   # before torch is imported
 os.environ.setdefault("MPLBACKEND", "Agg")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)   # `pytest &`: a shell's background job would pass it on
 
 import pytest
 
