@@ -1,13 +1,13 @@
 "The verbs of the shell: parsing in this process, everything else in real ones."
-import json, shutil
+import json, os, shutil
 
 import pytest
 
 from capsule_routing import commands
-from capsule_routing.commands import Refused, _parse, capsule_evaluate, capsule_predict, capsule_train, run_verb, verb, verb_parser, whole
+from capsule_routing.commands import Refused, _parse, capsule_bench, capsule_evaluate, capsule_predict, capsule_train, run_verb, verb, verb_parser, whole
 from conftest import TINY
 
-VERBS = [capsule_train, capsule_evaluate, capsule_predict]
+VERBS = [capsule_train, capsule_evaluate, capsule_predict, capsule_bench]
 WELL_KNOWN = ("--batch-size 128 --test-batch-size 1000 --epochs 1 --lr 0.001 --no-cuda --seed 1 --log-interval 10 "
               "--routing_iterations 3 --with_reconstruction").split()
 
@@ -23,11 +23,11 @@ def options(func):
         elif p.annotation is int: yield k, "3", 3
         elif p.annotation is float: yield k, "0.5", 0.5
         elif k == "decoder_widths": yield k, "16,32", "16,32"
-        else: yield k, "some/where.png", "some/where.png"
+        else: where = "some/where.json" if rule and rule.says.endswith(".json file") else "some/where.png"; yield k, where, where
 
 
 CASES = [(f, k, text, want) for f in VERBS for k, text, want in options(f)]
-WORDS = {capsule_train: [], capsule_evaluate: ["RUN"], capsule_predict: ["RUN", "a.png"]}
+WORDS = {capsule_train: [], capsule_bench: [], capsule_evaluate: ["RUN"], capsule_predict: ["RUN", "a.png"]}
 
 
 # -- parsing --
@@ -100,6 +100,8 @@ def test_every_option_is_explained():
     (["now"], "capsule_train: now: unexpected"),
     (["--decoder-widths", "a,b"], "capsule_train: --decoder-widths a,b: must be"),
     (["--checkpoint-minutes", "0"], "capsule_train: --checkpoint-minutes 0: must be"),
+    (["--checkpoint_steps", "0"], "capsule_train: --checkpoint-steps 0: must be a whole number, 1 or more"),
+    (["--decay-steps", "0"], "capsule_train: --decay-steps 0: must be a whole number, 1 or more"),
 ])
 def test_bad_options_are_one_line(args, line, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -146,13 +148,30 @@ def failing(error):
     (Refused("must be better", "lr", 3), 2, "f: --lr 3: must be better\n"),
     (FileNotFoundError(2, "No such file or directory", "a/b"), 2, "f: a/b: No such file or directory\n"),
     (OSError("two\nlines"), 2, "f: two lines\n"),
-    (MemoryError(), 2, "f: out of memory: try a smaller --batch-size or --test-batch-size\n"),
+    (MemoryError(), 2, "f: out of memory\n"),
     (KeyboardInterrupt("stopped; to go on: capsule_train --resume"), 130, "f: stopped; to go on: capsule_train --resume\n"),
     (KeyboardInterrupt(), 130, "f: interrupted\n"),
 ])
 def test_errors_of_a_verb(error, code, line, capsys):
     assert run_verb(failing(error), []) == code
     assert capsys.readouterr().err == line
+
+
+def test_out_of_memory_names_the_options_that_help(capsys):
+    @verb()
+    def f(batch_size:int=8): # Images
+        raise MemoryError
+    assert run_verb(f, []) == 2
+    assert capsys.readouterr().err == "f: out of memory: try a smaller --batch-size\n"
+
+
+def test_of_several_processes_the_first_speaks(capsys, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert run_verb(failing(Refused("must be better", "lr", 3)), []) == 2 and run_verb(failing(KeyboardInterrupt()), []) == 130
+    assert capsys.readouterr().err == ""
+    assert run_verb(failing(OSError("process 1 of 2 lost another process")), []) == 2 and run_verb(failing(MemoryError()), []) == 2
+    assert capsys.readouterr().err.count("\n") == 2
+    with pytest.raises(KeyError): run_verb(failing(KeyError("x")), [])
 
 
 def test_a_mistake_of_ours_keeps_its_traceback():
@@ -235,14 +254,18 @@ def test_resume_evaluate_predict(own_run, run_cmd, seven):
 
 
 def test_glyphs_where_mnist_cannot_be_had(run_cmd, tmp_path):
-    p = run_cmd("capsule_train", *"--limit 64 --epochs 1 --batch-size 32 --no-cuda --quiet".split(), *TINY, cwd=tmp_path)
+    p = run_cmd("capsule_train", *"--limit 64 --epochs 2 --batch-size 32 --no-cuda".split(), *TINY, cwd=tmp_path)
     assert p.returncode == 0, p.stderr
     assert p.stderr == ""
     first = p.stdout.splitlines()[0]
-    assert "MNIST" in first and "glyphs" in first
-    config = json.loads((tmp_path/"runs"/"glyphs-1"/"config.json").read_text())
-    assert config["data"]["name"] == "glyphs" and "MNIST" in config["data"]["note"] and config["settings"]["dataset"] == "glyphs"
-    assert any(l.startswith("accuracy") and "glyphs" in l for l in p.stdout.splitlines())
+    assert "MNIST is neither in" in first and "using glyphs" in first
+    run = tmp_path/"runs"/"glyphs-1"
+    config = json.loads((run/"config.json").read_text())
+    assert config["data"]["name"] == "glyphs" and config["data"]["note"] == first and config["settings"]["dataset"] == "glyphs"
+    q = run_cmd("capsule_evaluate", run, cwd=tmp_path)
+    assert q.returncode == 0 and q.stdout.splitlines()[0] == first, (q.stdout, q.stderr)
+    told = [l for l in (p.stdout+q.stdout).splitlines() if "%" in l or l.startswith(("accuracy", "best"))]
+    assert len(told) >= 4 and all("glyphs" in l and "mnist" not in l.lower() for l in told), told
 
 
 def test_mnist_by_name_where_it_cannot_be_had(run_cmd, tmp_path):
@@ -261,7 +284,7 @@ def test_stopped_by_a_signal_and_gone_on(start_cmd, run_cmd, image_folder, tmp_p
     p.send_signal(getattr(signal, name))
     out, err = p.communicate(timeout=120)
     assert p.returncode == code, (p.returncode, out, err)
-    assert err.count("\n") == 1 and f"capsule_train --out {tmp_path/'run'} --resume" in err and name in err, err
+    assert err.count("\n") == 1 and err.endswith(f"; go on with: capsule_train --resume --out {tmp_path/'run'}\n") and name in err, err
     done = json.loads((tmp_path/"run"/"history.json").read_text())[-1]["epoch"]
     q = no_traceback(run_cmd("capsule_train", "--out", tmp_path/"run", "--resume", "--epochs", done+1))
     assert q.returncode == 0 and f"epoch {done+1}/{done+1}: folder test accuracy" in q.stdout, (q.stdout, q.stderr)
@@ -298,12 +321,24 @@ def folder_run(image_folder, tmp_path_factory):
     return path
 
 
+def spread(images):
+    "Two trees that need an option more: images of three sizes, and one image for each class"
+    from PIL import Image
+    if (images/"few").exists(): return
+    for c in ("one", "two"):
+        for top in ("few", "sizes"): (images/top/c).mkdir(parents=True)
+        im = Image.open(images/"test"/c/"10.png")
+        im.save(images/"few"/c/"1.png")
+        for k in (28, 30, 32): im.resize((k, k)).save(images/"sizes"/c/f"{k}.png")
+
+
 def bad_inputs(t, run, images):
     "`(verb, arguments, parts of the line)`; `t` is a folder for odd files"
     (t/"file").write_text("x"); (t/"text.png").write_text("a note"); (t/"empty.png").touch(); (t/"empty").mkdir(exist_ok=True)
     (t/"norun").mkdir(exist_ok=True); (t/"norun"/"config.json").write_text("{}")
     F = folder_settings(images)
     def train(*a): return capsule_train, [*F, *a]
+    def other(*a): return capsule_train, [*"--epochs 1 --no-cuda --quiet".split(), *TINY, *a]   # small, should it not be refused
     def resume(*a): return capsule_train, ["--out", run, "--resume", *a]
     for (f, a), *parts in [
         (train("--out", run), f"--out {run}: already holds a run; add --resume"),
@@ -318,11 +353,20 @@ def bad_inputs(t, run, images):
         (train("--test-folder", t/"nowhere"), f"--test-folder {t/'nowhere'}: no such folder"),
         (train("--size", "16"), "--kernel 9: images of 16x16 are too small for two such kernels: at least 17x17, or --kernel 8"),
         (train("--size", "0"), "--size 0: must be"),
+        (other("--folder", images/"sizes"), "--size: images differ in size", "give --size"),
+        (other("--folder", images/"few"), f"--folder {images/'few'}: too few images to hold some out; give --test-folder"),
+        ((capsule_bench, ["--parts", "step,rooting"]), "--parts rooting: must be one of limits, step, ", "did you mean routing?"),
+        ((capsule_bench, ["--parts", "step,"]), "--parts", "must be one of"),
+        ((capsule_bench, ["--out", t/"file"]), "--out", "must be the path of a .json file"),
+        ((capsule_bench, ["--out", run/"config.json"]), f"--out {run/'config.json'}: is there already; choose another file"),
+        ((capsule_bench, ["--out", t/"file"/"b.json"]), "--out", "is a file, not a folder"),
+        ((capsule_bench, ["--n", "0"]), "--n 0: must be a whole number from 1"),
+        ((capsule_bench, ["--part", "step"]), "--part: no such option; did you mean --parts?"),
         (train("--channels", "2"), "--channels 2: must be 1 or 3"),
         (train("--dataset", "folders"), "--dataset folders: must be one of", "did you mean folder?"),
-        ((capsule_train, ["--dataset", "folder"]), "--dataset folder: needs a folder"),
-        ((capsule_train, ["--dataset", "glyphs", "--size", "32"]), "--size 32: is only for the data set folder"),
-        ((capsule_train, ["--dataset", "mnist", "--data-dir", t/"file"]), f"--data-dir {t/'file'}: must be a folder"),
+        (other("--dataset", "folder"), "--dataset folder: needs a folder"),
+        (other("--dataset", "glyphs", "--size", "32"), "--size 32: is only for the data set folder"),
+        (other("--dataset", "mnist", "--data-dir", t/"file"), f"--data-dir {t/'file'}: must be a folder"),
         (resume("--lr", "0.5"), "--lr 0.5: the run was begun with 0.001"),
         (resume("--batch_size", "9"), "--batch-size 9: the run was begun with 8"),
         (resume("--primary-types", "3"), "--primary-types 3: the run was begun with 2"),
@@ -356,6 +400,7 @@ def test_bad_input_is_one_line_and_nothing_is_lost(folder_run, image_folder, tmp
     shutil.copy(image_folder/"test"/"one"/"10.png", image_folder/"one.png")
     if not (image_folder/"odd").exists():
         for c in ("zero", "one", "three"): shutil.copytree(image_folder/"test"/c.replace("three", "two"), image_folder/"odd"/c)
+    spread(image_folder)
     before, wrong = {p.name: p.read_bytes() for p in folder_run.iterdir()}, []
     for f, args, parts in bad_inputs(tmp_path, folder_run, image_folder):
         code = run_verb(f, args)
@@ -416,3 +461,84 @@ def test_python_callers_give_one_image_or_several(folder_run, image_folder, caps
     assert [f["image"] for f in capsule_predict(folder_run, some, json=True)] == list(map(str, some))
     with pytest.raises(ValueError, match="images"): capsule_predict(folder_run, [])
     with pytest.raises(ValueError, match="images=3: must be"): capsule_predict(folder_run, [3])
+
+
+def test_held_out_images_are_the_same_when_evaluating(image_folder, tmp_path, capsys, monkeypatch):
+    "Without a test tree the seed chooses what is held out: `capsule_evaluate` uses the run's"
+    from capsule_routing import training
+    seen = []
+    real = training.evaluate
+    monkeypatch.setattr(training, "evaluate", lambda net, ds, *a, **k: seen.append(ds.x.cpu()) or real(net, ds, *a, **k))
+    def train(seed):
+        settings = [*"--epochs 1 --batch-size 8 --size 28 --channels 1 --no-cuda --quiet --seed".split(), seed, *TINY]
+        assert run_verb(capsule_train, [*settings, "--folder", image_folder/"train", "--out", tmp_path/str(seed)]) == 0
+        assert run_verb(capsule_evaluate, [tmp_path/str(seed)]) == 0
+        out = capsys.readouterr().out.splitlines()
+        note = f"no test folder: 6 of the images of {image_folder/'train'} held out for testing, chosen by seed {seed}"
+        assert out.count(note) == 2 and out[0] == note and not any("MNIST" in l or "glyphs" in l for l in out), out
+        assert (seen[-2] == seen[-1]).all() and len(seen[-1]) == 6
+        return seen[-1]
+    assert not (train(3) == train(4)).all()
+
+
+def test_checkpoints_by_steps(image_folder, tmp_path, capsys, monkeypatch):
+    from capsule_routing import training
+    steps = []
+    real = training.write_checkpoint
+    monkeypatch.setattr(training, "write_checkpoint", lambda path, ck, *a: steps.append(ck.meta["global_step"]) or real(path, ck, *a))
+    assert run_verb(capsule_train, folder_settings(image_folder, "--out", tmp_path/"run", "--checkpoint-steps", 2, "--decay-steps", 7)) == 0
+    assert steps == [0, 2, 4]      # 30 images in batches of 8: the last is the epoch's
+    config = json.loads((tmp_path/"run"/"config.json").read_text())
+    assert config["training"]["checkpoint_steps"] == 2 and config["training"]["decay_steps"] == 7
+    assert run_verb(capsule_train, ["--resume", "--out", tmp_path/"run", "--epochs", 2, "--checkpoint-steps", 1, "--quiet"]) == 0
+    assert steps[3:] == [5, 6, 7, 8]
+    capsys.readouterr()
+    assert run_verb(capsule_train, ["--resume", "--out", tmp_path/"run", "--decay-steps", 9]) == 2
+    assert "--decay-steps 9: the run was begun with 7" in capsys.readouterr().err
+
+
+def torchrun():
+    "The launcher beside this Python, or on the path"
+    from pathlib import Path
+    import sys
+    t = Path(sys.executable).parent/"torchrun"
+    return str(t) if t.exists() else shutil.which("torchrun")
+
+
+@pytest.mark.skipif(torchrun() is None or os.name == "nt", reason="needs torchrun and gloo")
+def test_two_processes_of_torchrun(trained, cmd_env, tmp_path):
+    "The figures of one process, said once, in one folder"
+    import subprocess
+    from conftest import command_line
+    verb, *args = command_line("capsule_train", *trained.args)
+    p = subprocess.run([torchrun(), "--standalone", "--nproc_per_node=2", "--no-python", verb, *args], cwd=tmp_path, env=cmd_env, timeout=240,
+                       stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert p.returncode == 0, p.stdout+p.stderr
+    lines = p.stdout.splitlines()
+    for word in ("data ", "network ", "epoch 1/1", "accuracy ", "repeat "): assert sum(l.startswith(word) for l in lines) == 1, p.stdout
+    assert any(l.startswith("device") and l.endswith("2 processes") for l in lines), p.stdout
+    assert next(l for l in lines if l.startswith("repeat")).split()[1] == "torchrun"
+    assert [p.name for p in tmp_path.iterdir()] == ["tiny"]
+    one, two = (json.loads((r/"history.json").read_text()) for r in (trained.path, tmp_path/"tiny"))
+    for a, b in zip(one, two, strict=True):
+        assert (a["n"], a["test_n"], a["test_errors"]) == (b["n"], b["test_n"], b["test_errors"])
+        for k in ("train_loss", "test_loss"): assert b[k] == pytest.approx(a[k], rel=1e-4)
+
+
+def test_bench(run_cmd, tmp_path):
+    p = no_traceback(run_cmd("capsule_bench", *"--parts step --n 1 --batch_size 2 --no-cuda --threads 1 --out new/b.json".split(), *TINY, cwd=tmp_path))
+    assert p.returncode == 0 and p.stderr == "", p.stderr
+    res = json.loads((tmp_path/"new"/"b.json").read_text())
+    assert res["command"] == "capsule_bench --parts step --n 1 --batch-size 2 --no-cuda --threads 1 "+" ".join(TINY)
+    assert res["machine"]["threads"] == 1 and res["machine"]["kind"] == "cpu" and set(res) == {"command", "machine", "step"}
+    for stage in res["step"]["seconds"]: assert stage in p.stdout
+    assert p.stdout.splitlines()[-1] == "file      new/b.json" and [f.name for f in (tmp_path/"new").iterdir()] == ["b.json"]
+    one_line(run_cmd("capsule_bench", "--out", "new/b.json", cwd=tmp_path), "capsule_bench: --out new/b.json: is there already")
+
+
+def test_bench_parts(monkeypatch):
+    from capsule_routing import speed
+    assert commands.BENCH_PARTS == speed.PARTS
+    assert commands._parts(None, False) == tuple(p for p in speed.PARTS if p != "epoch") and commands._parts(None, True) == speed.PARTS
+    assert commands._parts("growth, STEP", False) == ("growth", "step")
+    with pytest.raises(ValueError, match="parts='warp': must be one of"): capsule_bench(parts="warp")
