@@ -85,6 +85,7 @@ class _Factored(torch.autograd.Function):
     @staticmethod
     def forward(ctx, u, W, n_iters, stop_grad):
         (ni,nj,d,e),ctx.stop_grad = W.shape,stop_grad
+        u,W = u.detach(),W.detach()                             # so that old torch can compile it
         u = u.transpose(1, 2).contiguous()                      # (b, d, i)
         W = W.permute(1, 3, 2, 0).reshape(nj, e, d*ni)          # (j, e, d*i)
         cs,ss,Vs = [],[],[]                                     # of every iteration
@@ -101,6 +102,10 @@ class _Factored(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gv):
+        with torch.autocast(gv.device.type, enabled=False): return _Factored._backward(ctx, gv)
+
+    @staticmethod
+    def _backward(ctx, gv):
         u,W,*saved = ctx.saved_tensors
         n = (len(saved) + 2) // 3                               # n-1 couplings, n sums, n-1 summed poses
         cs,ss,Vs = [None,*saved[:n-1]],saved[n-1:2*n-1],saved[2*n-1:]

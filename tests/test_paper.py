@@ -525,6 +525,7 @@ def test_the_whole_network_is_one_graph():
     compiled.backward()
     finite(*(p.grad for p in net.parameters()))
 
+@pytest.mark.skipif(torch.__version__ < "2.6" and not torch.cuda.is_available(), reason="this torch asks the driver for a fake tensor on a GPU too")
 @pytest.mark.filterwarnings("ignore:.*CUDA is not available")
 def test_no_value_is_looked_at_on_a_gpu():
     "A fake tensor says that it is on a GPU, and has no values: a check that asked for one would wait there, and raises here"
