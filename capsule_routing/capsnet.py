@@ -100,7 +100,7 @@ class CapsNet(nn.Module):
         self.digit = RoutedCaps(cfg.n_primary, cfg.d_primary, cfg.n_classes, cfg.d_class, cfg.n_iters, cfg.stop_grad)
         self.decoder = None if cfg.decoder is None else Decoder(cfg.n_classes, cfg.d_class, cfg.image_shape, cfg.decoder)
         for m in (self.conv1, self.primary.conv):                            # how they lie in memory, nothing else
-            m.weight = nn.Parameter(m.weight.detach().contiguous(memory_format=torch.channels_last))
+            m.weight = nn.Parameter(m.weight.detach().to(memory_format=torch.channels_last))
 
     def forward(self,
         x:Tensor,      # Images, `(b, c, h, w)`, from 0 to 1

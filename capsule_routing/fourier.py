@@ -6,38 +6,44 @@
 __all__ = ['bilinear', 'ConvPlan', 'conv_plan', 'fourier_conv2d', 'n_products', 'FourierConv2d', 'keep_freed_memory']
 
 # %% ../nbs/02b_fourier.ipynb #imports
-import ctypes, math, sys
+import ctypes, sys
 from functools import lru_cache
 from typing import NamedTuple
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from torch.autograd.function import once_differentiable
 
-# %% ../nbs/02b_fourier.ipynb #bilinear
+# %% ../nbs/02b_fourier.ipynb #frequencies
 @lru_cache(maxsize=16)
+def _bilinear(out_h, out_w, taps):
+    "The three matrices in 64 bits, as arrays, which know of no device."
+    nh,nw = out_h+taps-1,out_w+taps-1
+    y,x = (t.ravel() for t in np.meshgrid(np.arange(nh), np.arange(nw), indexing='ij'))
+    def at(a, h, w): return a.reshape(nh, nw)[:h, :w].ravel()
+    A,B,C = [],[],[]
+    for f in zip(y.tolist(), x.tolist()):
+        mirror = (-f[0]%nh, -f[1]%nw)
+        if f > mirror: continue
+        angle = 2*np.pi * (f[0]*y/nh + f[1]*x/nw)
+        cos,sin = np.cos(angle),-np.sin(angle)
+        kc,ks = at(cos, taps, taps),at(sin, taps, taps)
+        yc,ys = at(cos, out_h, out_w)/(nh*nw),at(sin, out_h, out_w)/(nh*nw)
+        if f == mirror: A += [cos]; B += [kc]; C += [yc]
+        else: A += [cos+sin, cos, sin]; B += [kc, ks+kc, ks-kc]; C += [2*(yc+ys), -2*ys, 2*yc]
+    return np.stack(A),np.stack(B),np.stack(C, 1)
+
+# %% ../nbs/02b_fourier.ipynb #bilinear
 def bilinear(
     out_h:int,   # Rows of results
     out_w:int,   # Columns of results
     taps:int,    # Side of the kernel
     dtype:torch.dtype=torch.float32, # Of the matrices; they are computed in 64 bits
+    device='cpu',# Where they are wanted
 ) -> tuple:      # `A (m, n_h*n_w)`, `B (m, taps*taps)`, `C (out_h*out_w, m)`, where `n = out + taps - 1`
     "Matrices such that `C @ ((A @ x) * (B @ k))` correlates an image of `n_h` by `n_w` with a kernel: `m` products."
-    nh,nw = out_h+taps-1,out_w+taps-1
-    fy,fx = (t.flatten() for t in torch.meshgrid(torch.arange(nh), torch.arange(nw), indexing='ij'))
-    y,x = fy.double(),fx.double()
-    def angles(f): return 2*math.pi * ((f[0]*y/nh) + (f[1]*x/nw))
-    def at(a, h, w): return a.view(nh, nw)[:h, :w].flatten()
-    A,B,C = [],[],[]
-    for f in zip(fy.tolist(), fx.tolist()):
-        mirror = (-f[0]%nh, -f[1]%nw)
-        if f > mirror: continue
-        cos,sin = angles(f).cos(),-angles(f).sin()
-        kc,ks = at(cos, taps, taps),at(sin, taps, taps)
-        yc,ys = at(cos, out_h, out_w)/(nh*nw),at(sin, out_h, out_w)/(nh*nw)
-        if f == mirror: A += [cos]; B += [kc]; C += [yc]
-        else: A += [cos+sin, cos, sin]; B += [kc, ks+kc, ks-kc]; C += [2*(yc+ys), -2*ys, 2*yc]
-    return tuple(torch.stack(m, d).to(dtype).contiguous() for m,d in ((A, 0), (B, 0), (C, 1)))
+    return tuple(torch.as_tensor(m, dtype=dtype, device=device) for m in _bilinear(out_h, out_w, taps))
 
 # %% ../nbs/02b_fourier.ipynb #plan
 class ConvPlan(NamedTuple):
@@ -108,7 +114,7 @@ class _FourierConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, p):
         (b,c),o = x.shape[:2],len(w)
-        A,B,C = bilinear(*p.tile, p.taps, x.dtype)
+        A,B,C = bilinear(*p.tile, p.taps, x.dtype, x.device)
         X,K = A @ _tiles(x, p),B @ _kernels(w, p)                       # (s*s, m, b*t*t*c), (s*s, m, o*c)
         X,K = X.unflatten(2, (-1, c)),K.unflatten(2, (o, c))
         Y = X[0] @ K[0].transpose(1, 2)                                 # (m, b*t*t, o)
@@ -122,9 +128,13 @@ class _FourierConv(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
+        with torch.autocast(g.device.type, enabled=False): return _FourierConv._backward(ctx, g)
+
+    @staticmethod
+    def _backward(ctx, g):
         X,K = ctx.saved_tensors
         p,(o,c,k,_) = ctx.p,ctx.w_shape
-        A,B,C = bilinear(*p.tile, p.taps, g.dtype)
+        A,B,C = bilinear(*p.tile, p.taps, g.dtype, g.device)
         short = [t*m - n for t,m,n in zip(p.n_tiles, p.tile, p.out)]
         if any(short): g = F.pad(g, (0, short[1], 0, short[0]))
         G = g.unflatten(3, (-1, p.tile[1])).unflatten(2, (-1, p.tile[0])) # (b, o, t_h, m_h, t_w, m_w)
@@ -162,7 +172,8 @@ def n_products(
 ) -> int:       # Multiplications of one forward pass, transforms included
     "What `fourier_conv2d` multiplies."
     (nh,nw),tiles = p.n,p.n_tiles[0]*p.n_tiles[1]
-    m = len(bilinear(*p.tile, p.taps)[0])
+    real = (2 - nh%2) * (2 - nw%2)                     # frequencies that are their own mirror
+    m = real + 3*(nh*nw - real)//2
     return m * (p.stride**2 * (tiles*b*c*o + tiles*b*c*nh*nw + c*o*p.taps**2) + tiles*b*o*p.tile[0]*p.tile[1])
 
 # %% ../nbs/02b_fourier.ipynb #fourier-conv
@@ -179,7 +190,7 @@ class FourierConv2d(nn.Conv2d):
         x:Tensor, # Input, `(b, c, h, w)`
     ) -> bool:    # Take the Fourier domain?
         "Is this input one for which fewer multiplications are less time?"
-        if x.device.type != 'cpu' or torch.is_autocast_enabled('cpu'): return False
+        if x.device.type != 'cpu' or torch.is_autocast_enabled('cpu') or torch.compiler.is_compiling(): return False
         if x.dtype not in (torch.float32, torch.float64) or x.dtype != self.weight.dtype: return False
         (b,c,h,w),o,k,s = x.shape,self.out_channels,self.kernel_size[0],self.stride[0]
         if min(c, o) < 64 or min(h, w) < k or s > k: return False

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['STAGES', 'GROWTH', 'PARTS', 'BroadcastCaps', 'EinsumCaps', 'staged_net', 'staged_step', 'alternate', 'PeakBytes',
            'peak_bytes', 'machine', 'machine_limits', 'bench_step', 'step_flop', 'bench_shares', 'bench_routing',
-           'bench_inference', 'bench_growth', 'bench_epoch', 'run_bench', 'bench_table', 'speed_results']
+           'bench_inference', 'bench_growth', 'bench_epoch', 'has_bf16', 'run_bench', 'bench_table', 'speed_results']
 
 # %% ../nbs/16_speed.ipynb #imports
 import json, os, platform, statistics, time
 from datetime import datetime, timezone
 from importlib.resources import files
+from pathlib import Path
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -28,7 +29,14 @@ from .capsnet import CapsConfig, CapsNet, CapsOut
 # %% ../nbs/16_speed.ipynb #broadcast-caps
 class BroadcastCaps(RoutedCaps):
     "The routing as it is commonly written: broadcast products, votes kept, `c * u_hat` materialised in every iteration."
-    def forward(self, u):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.W = nn.Parameter(self.W.detach().contiguous())                 # lies as it is written, (i, j, d, e)
+
+    def forward(self,
+        u, # Poses of the children, `(b, i, d)`
+    ):     # Poses of the parents, `(b, j, e)`
+        "Procedure 1 by broadcasting."
         u_hat = (u[:, :, None, None] @ self.W).squeeze(3)                   # (b, i, j, e)
         b = u.new_zeros(*u_hat.shape[:3], 1)                                # (b, i, j, 1)
         for r in range(self.n_iters):
@@ -39,7 +47,15 @@ class BroadcastCaps(RoutedCaps):
 # %% ../nbs/16_speed.ipynb #einsum-caps
 class EinsumCaps(RoutedCaps):
     "The plain reference of this package: `votes`, then `route`."
-    def forward(self, u): return route(votes(u, self.W), self.n_iters, self.stop_grad)
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.W = nn.Parameter(self.W.detach().contiguous())                 # (i, j, d, e)
+
+    def forward(self,
+        u, # Poses of the children, `(b, i, d)`
+    ):     # Poses of the parents, `(b, j, e)`
+        "Procedure 1 by einsum."
+        return route(votes(u, self.W), self.n_iters, self.stop_grad)
 
 # %% ../nbs/16_speed.ipynb #stages
 STAGES = {  # routing, convolution, channels last, fused Adam, freed memory kept
@@ -81,7 +97,7 @@ def staged_step(
     g = torch.Generator().manual_seed(0)
     x = torch.rand(batch_size, *cfg.image_shape, generator=g).to(device)
     y = torch.randint(cfg.n_classes, (batch_size,), generator=g).to(device)
-    if STAGES[stage][2]: x = x.contiguous(memory_format=torch.channels_last)
+    if STAGES[stage][2]: x = x.to(memory_format=torch.channels_last)
     opt = torch.optim.Adam(net.parameters(), fused=STAGES[stage][3] or None)
     bf16 = precision == 'bf16'
     def step():
@@ -141,7 +157,7 @@ def machine(
 ) -> dict:        # What a reader must know to compare
     "Device, threads and versions."
     cpu = platform.processor() or platform.machine()
-    try: cpu = next(l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name'))
+    try: cpu = next(l.split(':')[1].strip() for l in Path('/proc/cpuinfo').read_text().splitlines() if l.startswith('model name'))
     except (OSError, StopIteration): pass
     name = torch.cuda.get_device_name(device) if torch.device(device).type == 'cuda' else cpu
     return dict(device=name, kind=torch.device(device).type, cores=os.cpu_count(), threads=torch.get_num_threads(),
@@ -149,7 +165,6 @@ def machine(
                 capsule_routing=__version__, system=platform.system(), date=datetime.now(timezone.utc).strftime('%Y-%m-%d'))
 
 # %% ../nbs/16_speed.ipynb #median
-def _medians(times): return {k: statistics.median(v) for k,v in times.items()}
 def _spread(times): return {k: dict(median=statistics.median(v), min=min(v), max=max(v), n=len(v)) for k,v in times.items()}
 
 # %% ../nbs/16_speed.ipynb #limits
@@ -171,10 +186,12 @@ def bench_step(
     device='cpu',                # Where to run
     stages=tuple(STAGES),        # Which stages
     precision:str='fp32',        # `fp32` or `bf16`
-) -> dict:                       # Seconds of a training step by stage
+) -> dict:                       # Seconds of a training step and peak bytes of its tensors, by stage
     "A training step at each stage, taking turns."
-    t = alternate({s: staged_step(s, cfg, batch_size, device, precision) for s in stages}, n, settle=1, device=device)
-    return dict(batch_size=batch_size, precision=precision, seconds=_spread(t), flop=step_flop(cfg, batch_size))
+    steps = {s: staged_step(s, cfg, batch_size, device, precision) for s in stages}
+    peaks = {s: peak_bytes(f) for s,f in steps.items()}
+    return dict(batch_size=batch_size, precision=precision, flop=step_flop(cfg, batch_size), peak_bytes=peaks,
+                seconds=_spread(alternate(steps, n, settle=1, device=device)))
 
 # %% ../nbs/16_speed.ipynb #step-flop
 def step_flop(
@@ -249,15 +266,15 @@ def bench_inference(
     batch_size:int=1000,         # Images at once
     n:int=3,                     # Turns
     device='cpu',                # Where to run
-) -> dict:                       # Seconds a batch, plain and ours
+) -> dict:                       # Seconds a batch and peak bytes of tensors, plain and ours
     "Naming images, without gradients."
     x = torch.rand(batch_size, *cfg.image_shape, generator=torch.Generator().manual_seed(0)).to(device)
     nets = {s: staged_net(s, cfg, device).eval() for s in ('plain', 'memory kept')}
     if torch.device(device).type == 'cpu': keep_freed_memory()      # as in training, for both
     def name(net):
         with torch.inference_mode(): return net(x).lengths.argmax(1)
-    t = alternate({s: (lambda net=net: name(net)) for s,net in nets.items()}, n, device=device)
-    return dict(batch_size=batch_size, seconds=_spread(t))
+    fs = {s: (lambda net=net: name(net)) for s,net in nets.items()}
+    return dict(batch_size=batch_size, peak_bytes={s: peak_bytes(f) for s,f in fs.items()}, seconds=_spread(alternate(fs, n, device=device)))
 
 # %% ../nbs/16_speed.ipynb #bench-growth
 GROWTH = dict(batch_size=(1, 4, 16, 64, 256, 1024), n_out=(2, 10, 50, 200),
@@ -296,6 +313,15 @@ def bench_epoch(
     return dict(n_images=n_images, n_test=n_test, precision=pick_precision(precision, torch.device(device)),
                 epoch_seconds=[r['seconds'] for r in history[1:]], test_seconds=_spread(t)['test'])
 
+# %% ../nbs/16_speed.ipynb #has-bf16
+def has_bf16(
+    device='cpu', # Where the benchmark runs
+) -> bool:        # Whether bfloat16 products are instructions of this machine
+    "Does the machine multiply bfloat16 natively?"
+    if torch.device(device).type == 'cuda': return torch.cuda.is_bf16_supported(including_emulation=False)
+    asks = [getattr(torch.cpu, f'_is_{o}_supported', None) for o in ('avx512_bf16', 'amx_tile')]
+    return any(f is not None and f() for f in asks)
+
 # %% ../nbs/16_speed.ipynb #run-bench
 PARTS = ('limits', 'step', 'shares', 'routing', 'inference', 'growth', 'epoch')
 
@@ -310,7 +336,6 @@ def run_bench(
     "Measure; `json.dumps` it to keep it."
     wrong = [p for p in parts if p not in PARTS]
     if wrong: raise ValueError(f"parts must be among {', '.join(PARTS)}, got {wrong[0]!r}")
-    cuda = torch.device(device).type == 'cuda'
     todo = dict(limits=lambda: machine_limits(device),
                 step=lambda: bench_step(cfg, batch_size, n, device),
                 shares=lambda: bench_shares(cfg, batch_size, min(n, 5), device),
@@ -319,10 +344,11 @@ def run_bench(
                 growth=lambda: bench_growth(min(n, 3), device),
                 epoch=lambda: bench_epoch(device=device))
     res = dict(machine=machine(device))
-    for p in parts:
-        say(f"measuring {p} …"); res[p] = todo[p]()
-        if p == 'step' and cuda: res['step_bf16'] = bench_step(cfg, batch_size, n, device, ('plain', 'memory kept'), 'bf16')
-    keep_freed_memory(False)
+    try:
+        for p in parts:
+            say(f"measuring {p} …"); res[p] = todo[p]()
+            if p == 'step' and has_bf16(device): res['step_bf16'] = bench_step(cfg, batch_size, n, device, ('plain', 'memory kept'), 'bf16')
+    finally: keep_freed_memory(False)
     return res
 
 # %% ../nbs/16_speed.ipynb #bench-table
@@ -332,19 +358,19 @@ def bench_table(
     "The results for reading."
     m = res['machine']
     lines = [f"{m['device']}, {m['threads']} threads, {m['capability']}, torch {m['torch']}, {m['date']}"]
-    def rows(title, seconds, unit=1e3, name='ms', extra=lambda k: ''):
-        first = next(iter(seconds.values()))['median']
-        lines.append(f"{title} (median of {next(iter(seconds.values()))['n']})")
-        lines.extend(f"  {k:20s} {v['median']*unit:9.1f} {name}  {first/v['median']:5.2f}x{extra(k)}" for k,v in seconds.items())
+    def rows(title, r):
+        first = next(iter(r['seconds'].values()))
+        lines.append(f"{title} (median of {first['n']})")
+        lines.extend(f"  {k:20s} {v['median']*1e3:9.1f} ms  {first['median']/v['median']:5.2f}x  peak {r['peak_bytes'][k]/1e6:6.0f} MB"
+                     for k,v in r['seconds'].items())
     if 'limits' in res: lines.append(f"matrix product {res['limits']['matmul']:.0f} GFLOP/s, copy {res['limits']['copy']:.0f} GB/s")
     for k in ('step', 'step_bf16'):
-        if k in res: rows(f"training step, batch {res[k]['batch_size']}, {res[k]['precision']}", res[k]['seconds'])
+        if k in res: rows(f"training step, batch {res[k]['batch_size']}, {res[k]['precision']}", res[k])
     for s,parts in res.get('shares', {}).items():
         total = sum(v['median'] for v in parts.values())
         lines.append(f"where the time goes, {s}: " + ", ".join(f"{k} {100*v['median']/total:.0f}%" for k,v in parts.items()))
-    if 'routing' in res: rows("capsule layer, forward and backward", res['routing']['seconds'],
-                              extra=lambda k: f"  peak {res['routing']['peak_bytes'][k]/1e6:6.0f} MB")
-    if 'inference' in res: rows(f"prediction, batch {res['inference']['batch_size']}", res['inference']['seconds'])
+    if 'routing' in res: rows("capsule layer, forward and backward", res['routing'])
+    if 'inference' in res: rows(f"prediction, batch {res['inference']['batch_size']}", res['inference'])
     if 'growth' in res:
         for k,rs in res['growth']['rows'].items():
             lines.append(f"capsule layer against {k}: " + ", ".join(f"{r['size']}: {r['seconds']*1e3:.1f} ms, {r['peak_bytes']/1e6:.0f} MB" for r in rs))

@@ -43,12 +43,12 @@ def pick_precision(
 ) -> str:                # `"fp32"` or `"bf16"`
     "`auto` is bf16 on a GPU that has it, fp32 elsewhere."
     if precision != "auto": return precision
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 # %% ../nbs/10_training.ipynb #autocast
 def _layout(x:Tensor) -> Tensor:
     "Channels last on a GPU, whose bf16 convolutions want it."
-    return x.contiguous(memory_format=torch.channels_last) if x.is_cuda else x
+    return x.to(memory_format=torch.channels_last) if x.is_cuda else x
 
 def _autocast(precision:str, device:torch.device):
     "The context in which the network runs."
@@ -115,7 +115,7 @@ def new_net(
 ) -> CapsNet:       # On the CPU
     "A fresh network whose weights depend on the seed alone."
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU as well
         return CapsNet(cfg)
 
 # %% ../nbs/10_training.ipynb #evaluation
@@ -315,7 +315,7 @@ def prepare(self:Trainer, ck:Optional[Checkpoint]):
         self.seconds, self.sessions, self.saved = float(m.get("seconds", 0)), list(m.get("sessions", [])), (m["epoch"], m["step"])
         self.sums.copy_(ck.sums)
     self.model = torch.compile(self.net) if self.cfg.compile == "on" else self.net
-    if self.world > 1: self.model = nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
+    if self.world > 1: self.model = nn.parallel.DistributedDataParallel(self.model)
     self.sessions.append(dict(global_step=self.global_step, device=_device_name(self.device), threads=torch.get_num_threads(),
                               processes=self.world, torch=torch.__version__, capsule_routing=__version__))
 
