@@ -153,9 +153,9 @@ def test_the_operations_of_the_papers_step():
 
 def test_weights_gradients_and_moments_lie_alike_in_memory():
     "The fused Adam walks over all four as they lie"
-    net = CapsNet(CapsConfig(conv_channels=64, n_types=8, decoder=(16,)))
-    opt, x, y = torch.optim.Adam(net.parameters(), fused=True), torch.rand(128, 1, 28, 28), torch.zeros(128).long()
-    assert net.primary.conv.pays(torch.empty(128, 64, 20, 20)) and net.conv1(x).is_contiguous(memory_format=torch.channels_last)
+    net = CapsNet(CapsConfig(conv_channels=128, n_types=16, decoder=(16,)))
+    opt, x, y = torch.optim.Adam(net.parameters(), fused=True), torch.rand(64, 1, 28, 28), torch.zeros(64).long()
+    assert net.primary.conv.pays(torch.empty(64, 128, 20, 20)) and net.conv1(x).is_contiguous(memory_format=torch.channels_last)
     for _ in range(2):
         out = net(x, y)
         opt.zero_grad(); (out.lengths.sum() + out.recon.sum()).backward(); opt.step()
