@@ -143,4 +143,7 @@ def route_factored(
         if not t.is_floating_point(): raise TypeError(f"route_factored: {n} must hold floating point numbers, got {t.dtype}")
     dtype = torch.promote_types(torch.promote_types(u.dtype, W.dtype), torch.float32)
     with torch.autocast(u.device.type, enabled=False):
-        return _Factored.apply(u.to(dtype), W.to(dtype), n_iters, stop_grad)
+        u,W = u.to(dtype),W.to(dtype)
+        n = 1 if u.is_cuda else -(-len(u) // max(32, 650_000 // max(1, u.shape[1]*u.shape[2])))  # portions
+        if n <= 1: return _Factored.apply(u, W, n_iters, stop_grad)
+        return torch.cat([_Factored.apply(p, W, n_iters, stop_grad) for p in u.chunk(n)])
