@@ -131,7 +131,7 @@ class _Factored(torch.autograd.Function):
 # %% ../nbs/02_factored.ipynb #route-factored
 def route_factored(
     u:Tensor,              # Poses of the children, `(b, i, d)`
-    W:Tensor,              # One transformation for each pair of child and parent, `(i, j, d, e)`
+    W:Tensor,              # One transformation for each pair of child and parent, `(i, j, d, e)`; votes `u @ W` up to 1e15 long
     n_iters:int=3,         # Routing iterations: softmax passes, 1 or more
     stop_grad:bool=False,  # Take the couplings as constants in the backward pass
 ) -> Tensor:               # Poses of the parents, `(b, j, e)`; computed in fp32 where the inputs are half precision

@@ -11,7 +11,7 @@ from torch import Tensor
 
 # %% ../nbs/00_squash.ipynb #lengths
 def lengths(
-    v:Tensor,    # Capsules, `(..., d)`
+    v:Tensor,    # Capsules, `(..., d)`, lengths up to 1e15
     dim:int=-1,  # Axis that holds one capsule's pose
 ) -> Tensor:     # Lengths `(...)`, in fp32 where `v` is half precision; zero gradient at a zero capsule
     "Euclidean length of each capsule: the probability that its entity is present (section 2)."
