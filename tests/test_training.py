@@ -513,3 +513,17 @@ def test_cuda(data, tmp_path):
         fit(net, data, replace(CFG, precision="auto", deterministic=True), tmp_path/str(i))
         d.append(digest(net.state_dict()))
     assert d[0] == d[1] and read_json(tmp_path/"0"/CONFIG)["training"]["precision"] == "bf16"
+
+
+def test_without_a_compiler_the_network_runs_as_it_is(data, monkeypatch):
+    import capsule_routing.training as training
+    monkeypatch.setattr(training.shutil, "which", lambda name: None)
+    with pytest.warns(UserWarning, match="no C\\+\\+ compiler found .* runs without torch.compile"):
+        assert training.pick_compile("on", torch.device("cpu")) == "off"
+    with pytest.warns(UserWarning): fit(new_net(TINY, 1), data, replace(CFG, compile="on", epochs=1))
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
+def test_a_compiled_run_learns_the_same(data):
+    a, b = ([r["train_loss"] for r in fit(new_net(TINY, 1), data, replace(CFG, compile=c, epochs=1))] for c in ("off", "on"))
+    assert a == pytest.approx(b, rel=1e-3)
