@@ -1,6 +1,9 @@
-"Collect finished run folders into one committed results file: `collect.py NAME RUN...` writes capsule_routing/results/NAME.json."
+"Collect finished runs of this machine into one committed results file: `collect.py NAME RUN...` writes capsule_routing/results/NAME.json."
 import json, sys
 from pathlib import Path
+
+from capsule_routing.commands import _command, capsule_train
+from capsule_routing.speed import machine
 
 top = Path(__file__).resolve().parent.parent
 
@@ -9,7 +12,7 @@ def row(run):
     config,history = (json.loads((Path(run)/f).read_text()) for f in ('config.json', 'history.json'))
     t,last = config['training'],history[-1]
     if last['epoch'] != t['epochs']: raise SystemExit(f"{run}: ended after {last['epoch']} of {t['epochs']} epochs")
-    same = dict(dataset=config['data']['name'], n_train=config['data']['n_train'], network=config['network'], device=config['device'],
+    same = dict(dataset=config['data']['name'], n_train=config['data']['n_train'], network=config['network'], device=f"{machine()['device'] if config['device'] == 'cpu' else config['device']}, {t['threads']} threads",
                 versions=config['versions'], training={k: v for k,v in t.items() if k not in ('seed', 'log_interval')})
     mine = dict(seed=t['seed'], n=last['test_n'], n_errors=last['test_errors'], epoch=last['epoch'],
                 seconds=round(sum(h['seconds'] for h in history), 1), history=history)
@@ -20,9 +23,8 @@ def main(name, runs):
     for same,_ in rows[1:]:
         if same != rows[0][0]: raise SystemExit('the runs differ in more than the seed')
     s = json.loads((Path(runs[0])/'config.json').read_text())['settings']
-    flags = [f"--epochs {s['epochs']}"] + ([f"--limit {s['limit']}"] if s['limit'] else []) + (['--with_reconstruction'] if s['with_reconstruction'] else [])
     seeds = ','.join(str(m['seed']) for _,m in rows)
-    command = ' '.join(['capsule_train', *flags, f"--dataset {rows[0][0]['dataset']}", f"--seed {{{seeds}}}" if len(rows) > 1 else f"--seed {seeds}"])
+    command = f"{_command(capsule_train, s, ('seed', 'data_dir'))} --seed {f'{{{seeds}}}' if len(rows) > 1 else seeds}"
     out = top/'capsule_routing'/'results'/f'{name}.json'
     out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps(dict(command=command, runs=[m for _,m in rows], **rows[0][0]), indent=1) + '\n')
