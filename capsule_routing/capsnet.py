@@ -116,6 +116,14 @@ class CapsNet(nn.Module):
         which = v_len.argmax(1) if y is None else y
         return CapsOut(v_len, v, self.decoder(mask_capsules(v, which)))
 
+    @classmethod
+    def from_pretrained(cls,
+        name:str="mnist", # Which of the networks in the package
+    ):                    # On the CPU, fp32, in evaluation mode
+        "A network whose weights come with the package; `pretrained` has its record and its poses."
+        from capsule_routing.pretrained import pretrained_net
+        return pretrained_net(name)
+
 # %% ../nbs/06_capsnet.ipynb #count-params
 def count_params(
     net:nn.Module, # Any module
