@@ -8,6 +8,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGIN
 
 import pytest
 
+pytest_plugins = ["browser"]   # its fixtures: chromium, open_page, serve
+
 ROOT = Path(__file__).resolve().parents[1]
 TINY = "--conv-channels 8 --primary-types 2 --primary-size 4 --class-size 4 --decoder-widths 16,32".split()
 TINY_CONFIG = dict(conv_channels=8, n_types=2, d_primary=4, d_class=4, decoder=(16,32))
