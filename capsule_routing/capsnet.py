@@ -84,7 +84,7 @@ class CapsOut(NamedTuple):
     "What the network says about a batch."
     lengths:Tensor # Length of each class's capsule, `(b, n)`, from 0 to 1: is the class there?
     poses:Tensor   # Poses, `(b, n, e)`: how is it drawn?
-    recon:Tensor   # Reconstruction, `(b, c, h, w)`, from 0 to 1; None without a decoder
+    recon:Tensor   # Reconstruction, `(b, c, h, w)` or `(b, k, c, h, w)`, from 0 to 1; None without a decoder
 
 # %% ../nbs/06_capsnet.ipynb #capsnet
 class CapsNet(nn.Module):
@@ -104,7 +104,7 @@ class CapsNet(nn.Module):
 
     def forward(self,
         x:Tensor,      # Images, `(b, c, h, w)`, from 0 to 1
-        y:Tensor=None, # The capsule to reconstruct from, class indices `(b,)`; None takes the longest
+        y:Tensor=None, # The capsule to reconstruct from, class indices `(b,)`, or several of each image `(b, k)`; None takes the longest
     ) -> CapsOut:      # Lengths, poses, reconstruction
         "Look at the images; the answer is in full precision under autocast too."
         check_float("x", x, (None, *self.cfg.image_shape))
@@ -114,7 +114,10 @@ class CapsNet(nn.Module):
         v_len = lengths(v)                      # (b, j)
         if self.decoder is None: return CapsOut(v_len, v, None)
         which = v_len.argmax(1) if y is None else y
-        return CapsOut(v_len, v, self.decoder(mask_capsules(v, which)))
+        if which.ndim != 2: return CapsOut(v_len, v, self.decoder(mask_capsules(v, which)))
+        k = which.shape[1]                      # each of several capsules alone
+        each = self.decoder(mask_capsules(v.repeat_interleave(k, 0), which.flatten()))
+        return CapsOut(v_len, v, each.unflatten(0, (len(x), k)))
 
     @classmethod
     def from_pretrained(cls,

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'CONFIG', 'HISTORY', 'LAST', 'BEST', 'LOCK', 'MAX_JSON', 'MAX_PARAMS', 'OPTIM', 'RAW', 'SUMS',
-           'write_atomic', 'digest', 'write_tensors', 'read_json', 'network_spec', 'read_tensors', 'full_config',
-           'save_run', 'make_folder', 'RunLocked', 'lock_run', 'Run', 'load_run', 'Checkpoint', 'write_checkpoint',
-           'read_checkpoint']
+           'write_atomic', 'digest', 'write_tensors', 'read_json', 'build_net', 'network_spec', 'read_tensors',
+           'full_config', 'save_run', 'make_folder', 'RunLocked', 'lock_run', 'Run', 'load_run', 'Checkpoint',
+           'write_checkpoint', 'read_checkpoint']
 
 # %% ../nbs/09_runs.ipynb #imports
 import hashlib, json, math, os, secrets, stat, struct
@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors, save as dump_safetensors
 from torch import Tensor
 
+from .baselines import BaselineConfig, BaselineNet
 from .capsnet import CapsConfig, CapsNet
 
 # %% ../nbs/09_runs.ipynb #names
@@ -144,23 +145,30 @@ def _index(d):
     if type(d) is not int or not 0 <= d < 2**48: raise ValueError
     return d
 
+# %% ../nbs/09_runs.ipynb #build-net
+def build_net(
+    cfg, # A `CapsConfig` or a `BaselineConfig`
+):       # `CapsNet` or `BaselineNet`
+    "The network of these sizes, its weights random."
+    return BaselineNet(cfg) if isinstance(cfg, BaselineConfig) else CapsNet(cfg)
+
 # %% ../nbs/09_runs.ipynb #network-spec
 def network_spec(
     cfg:CapsConfig, # Sizes of a network
 ) -> dict:          # Name to `(shape, dtype)` of each weight
     "Names, shapes and types of a network's weights, worked out on the meta device: no memory, however large."
-    with torch.device("meta"): net = CapsNet(cfg)
+    with torch.device("meta"): net = build_net(cfg)
     return {k: (tuple(t.shape), t.dtype) for k, t in net.state_dict().items()}
 
 # %% ../nbs/09_runs.ipynb #config-network
 def _network(config:dict, path:Path):
-    "`(CapsConfig, spec)` from the config that a file carries, or one line that names the file."
+    "`(sizes, spec)` from the config that a file carries, or one line that names the file."
     if config.get("format") != FORMAT: raise _problem(path, f"run format {str(config.get('format'))[:40]!r}; this version reads {FORMAT}")
     d = config.get("network")
     if not isinstance(d, dict): raise _problem(path, "its config names no network")
     try:
         if any(isinstance(v, (list, tuple)) and len(v) > 64 for v in d.values()): raise ValueError("a list of more than 64 sizes")
-        cfg = CapsConfig.from_dict(d)
+        cfg = (BaselineConfig if d.get("kind") == "baseline" else CapsConfig).from_dict(d)
         spec = network_spec(cfg)
     except (ValueError, TypeError, KeyError, RuntimeError, OverflowError, AttributeError) as e:
         raise _problem(path, f"its config makes no network: {str(e).splitlines()[0][:200] if str(e) else type(e).__name__}") from None
@@ -191,7 +199,7 @@ def _match(header:dict, spec:dict, path:Path):
 # %% ../nbs/09_runs.ipynb #read-tensors
 def read_tensors(
     path:Union[str,Path], # A file that `write_tensors` wrote
-):                        # `(tensors, meta, CapsConfig)`
+):                        # `(tensors, meta, sizes)`
     "Read weights, refusing with one line whatever is not exactly what was written."
     path = Path(path)
     with _open(path) as f:
@@ -292,7 +300,7 @@ def load_run(
     _same_run(file, meta, outer)
     tensors = {k: tensors[k] for k in network_spec(cfg)}
     if (k := _finite(tensors)): raise _problem(file, f"{k!r} holds NaN or infinity")
-    net = CapsNet(cfg)
+    net = build_net(cfg)
     net.load_state_dict(tensors)
     return Run(path, net.eval(), cfg, config, history if isinstance(history, list) else [])
 

@@ -12,6 +12,7 @@ import copy, hashlib, math, os, platform, shutil, signal, sys, threading, time, 
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Optional, Union
 
@@ -22,9 +23,10 @@ from fastcore.basics import patch
 from . import __version__
 from .fourier import keep_freed_memory
 from .losses import margin_loss, reconstruction_loss
+from .baselines import BaselineNet, BaselineOut, baseline_loss
 from .capsnet import CapsConfig, CapsNet
 from .data import ImageData, ImageSet, batches, eval_batches
-from .runs import (BEST, CONFIG, HISTORY, LAST, RAW, Checkpoint, _finite, _json, full_config, lock_run,
+from .runs import (BEST, CONFIG, HISTORY, LAST, RAW, Checkpoint, _finite, _json, build_net, full_config, lock_run,
                                   make_folder, read_checkpoint, read_json, write_atomic, write_checkpoint)
 
 # %% ../nbs/10_training.ipynb #pick-device
@@ -76,6 +78,7 @@ class TrainConfig:
     schedule:str="paper"
     decay_steps:int=2000
     average:float=0.
+    stop_at:Optional[float]=None
     shift:int=2
     recon_weight:float=0.0005
     seed:int=1
@@ -104,6 +107,7 @@ def _check_settings(c):
     need(whole(c.seed, 0, 2**63-1), "seed", "a whole number, 0 or more")
     need(number(c.lr) and c.lr > 0, "lr", "a finite number above 0")
     need(number(c.average) and 0 <= c.average < 1, "average", "a number from 0 (no averaging) to below 1")
+    need(c.stop_at is None or number(c.stop_at) and 0 < c.stop_at <= 1, "stop_at", "a share above 0, up to 1, or None")
     need(number(c.recon_weight) and c.recon_weight >= 0, "recon_weight", "a finite number, 0 or more")
     need(c.checkpoint_minutes is None or number(c.checkpoint_minutes) and c.checkpoint_minutes > 0, "checkpoint_minutes", "a number above 0, or None")
     for k, v in (("schedule", SCHEDULES), ("precision", PRECISIONS), ("compile", COMPILES)): need(getattr(c, k) in v, k, f"one of {', '.join(v)}")
@@ -126,13 +130,13 @@ RECIPES = dict(paper={}, fast=dict(epochs=12, lr=2e-3, schedule="one_cycle", ave
 
 # %% ../nbs/10_training.ipynb #new-net
 def new_net(
-    cfg:CapsConfig, # Sizes
+    cfg,            # Sizes: a `CapsConfig`, or a `BaselineConfig`
     seed:int=1,     # Decides the weights
-) -> CapsNet:       # On the CPU
+):                  # A `CapsNet` or `BaselineNet`, on the CPU
     "A fresh network whose weights depend on the seed alone."
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU as well
-        return CapsNet(cfg)
+        return build_net(cfg)
 
 # %% ../nbs/10_training.ipynb #evaluation
 class Evaluation(NamedTuple):
@@ -143,16 +147,17 @@ class Evaluation(NamedTuple):
     loss:float       # Margin and weighted reconstruction, mean over images
     margin:float     # Eq. 4, summed over classes, mean over images
     recon:float      # Summed squared error, mean over images; None without a decoder
-    pred:Tensor      # Longest capsule of each image, `(n,)`
+    pred:Tensor      # Longest capsule of each image, `(n,)`; of k classes the k longest, ascending, `(n, k)`
     lengths:Tensor   # Length of each class's capsule, `(n, k)`
-    target:Tensor    # True class, `(n,)`
+    target:Tensor    # True class, `(n,)` or `(n, k)`
 
 # %% ../nbs/10_training.ipynb #losses-of
 def _losses(out, x, y, weight):
-    "`(loss, margin, recon)`, scalars; recon is zero without a decoder."
-    margin = margin_loss(out.lengths, y)
+    "`(loss, margin, recon)`, scalars; recon is zero without a decoder. For a baseline the margin is its cross-entropy."
+    if y.ndim == 2: y = torch.zeros_like(out.lengths).scatter_(1, y, 1.)                      # several classes an image
+    margin = baseline_loss(out, y) if isinstance(out, BaselineOut) else margin_loss(out.lengths, y)
     if out.recon is None: return margin, margin, torch.zeros_like(margin)
-    recon = reconstruction_loss(out.recon, x)
+    recon = reconstruction_loss(*(t.flatten(1, 2) if t.ndim == 5 else t for t in (out.recon, x)))  # each digit by itself
     return margin + weight*recon, margin, recon
 
 def _sums(losses, n, device):
@@ -177,16 +182,16 @@ def evaluate(
     net.eval()
     try:
         with torch.inference_mode(), _autocast(precision, device):
-            for x, y, *_ in eval_batches(ds, batch_size):
-                out = net(_layout(x))
-                sums += _sums(_losses(out, x, y, recon_weight), len(y), device)
+            for x, y, *more in getattr(ds, "eval_batches", partial(eval_batches, ds))(batch_size):
+                out = net(_layout(x), y if y.ndim == 2 else None)
+                sums += _sums(_losses(out, more[1] if len(more) > 1 else x, y, recon_weight), len(y), device)
                 lens.append(out.lengths.float())
                 if stop is not None and stop(): return None
     finally: net.train(was)
     lens, target = torch.cat(lens).cpu(), ds.y.cpu()
     loss, margin, recon, n = sums.tolist()
-    pred = lens.argmax(1)
-    n, wrong = int(n), int((pred != target).sum())
+    pred = lens.argmax(1) if target.ndim == 1 else lens.topk(target.shape[1]).indices.sort(1).values
+    n, wrong = int(n), int((pred != target.sort(-1).values).reshape(len(pred), -1).any(1).sum()) if target.ndim == 2 else int((pred != target).sum())
     return Evaluation(n, wrong, (n - wrong)/n, loss/n, margin/n, None if net.cfg.decoder is None else recon/n, pred, lens, target)
 
 # %% ../nbs/10_training.ipynb #make-adam
@@ -341,15 +346,16 @@ def _device_name(device):
 
 # %% ../nbs/10_training.ipynb #one-step
 @patch
-def one_step(self:Trainer, x, y):
+def one_step(self:Trainer, x, y, target=None):
     "Train on one batch (this process's part of it) and add up its losses."
     c, n = self.cfg, len(y)
     self.lr = lr_at(self.global_step, c, self.steps)
     for g in self.opt.param_groups: g["lr"] = self.lr
     whole = min(c.batch_size, len(self.train_set) - self.step*c.batch_size)   # images of all processes
-    if n == 0: x, y = x.new_zeros(1, *x.shape[1:]), y.new_zeros(1)             # no share: take part with weight zero
+    if target is None: target = x                                              # what the decoder should draw
+    if n == 0: x, y, target = (t.new_zeros(1, *t.shape[1:]) for t in (x, y, target)) # no share: take part with weight zero
     with _autocast(c.precision, self.device): out = self.model(_layout(x), y)
-    losses = _losses(out, x, y, c.recon_weight)
+    losses = _losses(out, target, y, c.recon_weight)
     self.opt.zero_grad(set_to_none=True)
     (losses[0] if self.world == 1 else losses[0]*(n*self.world/whole)).backward()
     self.opt.step()
@@ -445,8 +451,9 @@ def train_epoch(self:Trainer):
     self.seen = tuple(self.sums[[0, 3]].tolist())
     self.net.train()
     if self.step >= self.steps: return
-    for x, y, *_ in batches(self.train_set, c.batch_size, c.seed, self.epoch, c.shift, start=self.step, rank=self.rank, world=self.world):
-        self.one_step(x, y)
+    made = getattr(self.train_set, "batches", partial(batches, self.train_set))
+    for x, y, _, *target in made(c.batch_size, c.seed, self.epoch, c.shift, start=self.step, rank=self.rank, world=self.world):
+        self.one_step(x, y, *target)
         looking = self.step % c.log_interval == 0 or self.step == self.steps
         loss = self.look() if looking else None
         speed = (self.images() - n0)/max(time.monotonic() - t0, 1e-9) if looking else None
@@ -480,6 +487,7 @@ def halt(self:Trainer, signum):
 def test(self:Trainer):
     "Errors and losses on the test set: `(errors, n, loss, margin, recon)`, every image counted once over all processes."
     c, ds = self.cfg, self.test_set
+    if self.world > 1 and not isinstance(ds, ImageSet): raise ValueError(f"{type(ds).__name__}: several processes train on an ImageSet only")
     if self.world > 1: ds = ImageSet(ds.x[self.rank::self.world], ds.y[self.rank::self.world], ds.classes) if self.rank < len(ds) else None
     e, quit = None, (lambda: self.stop.signum is not None) if self.world == 1 else None
     if ds is not None: e = evaluate(self.tested(), ds, c.test_batch_size, c.precision, c.recon_weight, stop=quit)
@@ -599,11 +607,18 @@ def run(self:Trainer, ck:Optional[Checkpoint]):
             except OSError as e: raise CheckpointFailed(f"{self.path}: cannot write the run folder: {e.strerror or e}") from e
         if ck is None: self.save()                         # shows at once whether the disk takes a checkpoint
         self.tell("on_start", self.where())
-        while self.epoch <= self.cfg.epochs:
+        while self.epoch <= self.cfg.epochs and not self.reached():
             self.train_epoch()
             self.end_epoch()
         if self.avg is not None: self.net.load_state_dict(self.avg.state_dict())
     return self.history
+
+# %% ../nbs/10_training.ipynb #reached
+@patch
+def reached(self:Trainer):
+    "Has the test accuracy arrived where the run was to stop?"
+    c = self.cfg
+    return c.stop_at is not None and bool(self.history) and self.history[-1]["test_accuracy"] >= c.stop_at
 
 # %% ../nbs/10_training.ipynb #machine
 @contextmanager
@@ -623,7 +638,7 @@ def _machine(cfg:TrainConfig, device):
 
 # %% ../nbs/10_training.ipynb #fit
 def fit(
-    net:CapsNet,                           # Network to train, changed in place; on resume its weights are replaced
+    net,                                   # `CapsNet` or `BaselineNet` to train, changed in place; on resume its weights are replaced
     data:ImageData,                        # Training and test images
     cfg:TrainConfig,                       # Settings
     path:Optional[Union[str,Path]]=None,   # Run folder; None keeps nothing
@@ -633,7 +648,7 @@ def fit(
     extra:Optional[dict]=None,             # More for `config.json`, such as the command line
 ) -> list:                                 # One dict an epoch
     "Train a network, test it after each epoch, keep everything in a run folder."
-    if not isinstance(net, CapsNet): raise TypeError(f"net must be a CapsNet, got {type(net).__name__}")
+    if not isinstance(net, (CapsNet, BaselineNet)): raise TypeError(f"net must be a CapsNet (or a BaselineNet), got {type(net).__name__}")
     if not isinstance(cfg, TrainConfig): raise TypeError(f"cfg must be a TrainConfig, got {type(cfg).__name__}")
     if resume and path is None: raise ValueError("resume needs the path of a run folder")
     if resume and not Path(path).is_dir(): raise FileNotFoundError(f"{path}: no such run folder, nothing to go on from")
