@@ -1,5 +1,5 @@
 "Build the documentation: with Quarto where it is on PATH, else nbdev's processing alone, as with `--no-render`; every page must exist."
-import json,os,shutil,subprocess,sys,warnings
+import json,os,re,shutil,subprocess,sys,warnings
 from pathlib import Path
 from nbdev.serve_drv import main as process_page
 
@@ -24,13 +24,13 @@ def process():
 
 def render(proc):
     "Render `proc` with Quarto and move the site to `_docs`"
-    subprocess.run(['quarto','render','--no-cache'], cwd=proc, check=True)
-    shutil.rmtree('_docs', ignore_errors=True)
+    shutil.rmtree('_docs', ignore_errors=True) # a failed build leaves no old site behind
+    if subprocess.run(['quarto','render','--no-cache'], cwd=proc).returncode: sys.exit('quarto render failed: no site')
     shutil.move(proc/'_docs', '_docs')
 
 def pages(folder, suffix):
-    "Fail unless each notebook has its non-empty page in `folder`"
-    names = sorted(p.stem for p in Path('nbs').glob('*.ipynb'))
+    "Fail unless each notebook has its non-empty page in `folder`; Quarto's bear the name without the number"
+    names = sorted(p.stem if suffix=='.ipynb' else re.sub(r'^\d+[a-zA-Z0-9]*_', '', p.stem).lower() for p in Path('nbs').glob('*.ipynb'))
     missing = [n for n in names if not ((Path(folder)/n).with_suffix(suffix).exists()
                                         and (Path(folder)/n).with_suffix(suffix).stat().st_size)]
     if missing or not names: sys.exit(f"{folder}: no page for {', '.join(missing) or 'any notebook'}")
