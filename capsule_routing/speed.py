@@ -11,7 +11,6 @@ __all__ = ['STAGES', 'GROWTH', 'PARTS', 'BroadcastCaps', 'EinsumCaps', 'staged_n
 import json, os, platform, statistics, time
 from datetime import datetime, timezone
 from importlib.resources import files
-from pathlib import Path
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -25,6 +24,7 @@ from .layers import RoutedCaps
 from .losses import capsule_loss
 from .decoder import mask_capsules
 from .capsnet import CapsConfig, CapsNet, CapsOut
+from .training import device_name
 
 # %% ../nbs/16_speed.ipynb #broadcast-caps
 class BroadcastCaps(RoutedCaps):
@@ -156,11 +156,7 @@ def machine(
     device='cpu', # Where the benchmark runs
 ) -> dict:        # What a reader must know to compare
     "Device, threads and versions."
-    cpu = platform.processor() or platform.machine()
-    try: cpu = next(l.split(':')[1].strip() for l in Path('/proc/cpuinfo').read_text().splitlines() if l.startswith('model name'))
-    except (OSError, StopIteration): pass
-    name = torch.cuda.get_device_name(device) if torch.device(device).type == 'cuda' else cpu
-    return dict(device=name, kind=torch.device(device).type, cores=os.cpu_count(), threads=torch.get_num_threads(),
+    return dict(device=device_name(torch.device(device)), kind=torch.device(device).type, cores=os.cpu_count(), threads=torch.get_num_threads(),
                 capability=torch.backends.cpu.get_cpu_capability(), torch=torch.__version__, python=platform.python_version(),
                 capsule_routing=__version__, system=platform.system(), date=datetime.now(timezone.utc).strftime('%Y-%m-%d'))
 

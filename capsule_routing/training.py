@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'SCHEDULES', 'COMPILES', 'RECIPES', 'FREE', 'pick_device', 'pick_precision', 'pick_compile',
            'TrainConfig', 'lr_at', 'new_net', 'Evaluation', 'evaluate', 'Interrupted', 'TrainingDiverged',
-           'CheckpointFailed', 'PeerLost', 'Step', 'resume_config', 'Trainer', 'processes', 'fit', 'peak_memory']
+           'CheckpointFailed', 'PeerLost', 'Step', 'resume_config', 'Trainer', 'device_name', 'processes', 'fit',
+           'peak_memory']
 
 # %% ../nbs/10_training.ipynb #imports
 import copy, hashlib, math, os, platform, shutil, signal, sys, threading, time, warnings
@@ -338,11 +339,16 @@ def prepare(self:Trainer, ck:Optional[Checkpoint]):
         self.sums.copy_(ck.sums)
     self.model = torch.compile(self.net) if self.cfg.compile == "on" else self.net
     if self.world > 1: self.model = nn.parallel.DistributedDataParallel(self.model)
-    self.sessions.append(dict(global_step=self.global_step, device=_device_name(self.device), threads=torch.get_num_threads(),
+    self.sessions.append(dict(global_step=self.global_step, device=device_name(self.device), threads=torch.get_num_threads(),
                               processes=self.world, torch=torch.__version__, capsule_routing=__version__))
 
-def _device_name(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
+def device_name(
+    device:torch.device, # Where something runs
+) -> str:                # As its maker calls it
+    "The name of a GPU, or of the processor."
+    if device.type == "cuda": return torch.cuda.get_device_name(device)
+    try: return next(l.split(":")[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if l.startswith("model name"))
+    except (OSError, StopIteration): return platform.processor() or platform.machine()
 
 # %% ../nbs/10_training.ipynb #one-step
 @patch
