@@ -69,6 +69,13 @@ def open_in(html, nb, git_url, branch):
     links = f'<p class="open-in"><a href="{git_url.replace("https://github.com", "https://colab.research.google.com/github")}/{path}">Open in Colab</a> <a href="{git_url}/{path}">Notebook on GitHub</a></p>\n'
     return re.sub(r'<header id="title-block-header".*?(?=</header>)', lambda m: m[0]+links, html, count=1, flags=re.S)
 
+def cite(html, paper='https://arxiv.org/abs/1710.09829'):
+    "`html` with a link to the paper beside each `source` link whose signature or docstring names an equation, section, figure or table of it"
+    def add(m):
+        said = re.search(r'\b(Eqs?\.|[Ss]ection|[Ff]igure|Table|Procedure) \d+(\.\d+)*', re.sub('<[^>]+>', '', m['doc']))
+        return m[0] if not said else f'{m["link"]}<a href="{paper}" style="float:right; font-size:smaller; margin-right:1em">paper, {said[0]}</a>{m["doc"]}'
+    return re.sub(r'(?P<link><a href="[^"]*"[^>]*>source</a>)(?P<doc></p>\s*<section.*?</pre>(?:(?!<div|<section|</section|<p><a href).)*)', add, html, flags=re.S)
+
 class Loads(HTMLParser):
     "Collects in `urls` what a browser fetches to show a page, and in `links` where its links lead; in `ids` the places that a link can name"
     loading = dict(script='src', img='src', source='src', video='src', audio='src', track='src', iframe='src', embed='src', object='data', input='src', image='href', use='href')
@@ -113,7 +120,7 @@ def main(out):
         new,names = localise(old, root, cfg['doc_host']+cfg['doc_baseurl'])
         used |= names
         nb = notebook(p)
-        if nb and 'class="open-in"' not in new: new = open_in(new, nb.name, cfg['git_url'], cfg['branch'])
+        if nb and 'class="open-in"' not in new: new = open_in(cite(new), nb.name, cfg['git_url'], cfg['branch'])
         if new!=old: p.write_text(new, encoding='utf-8')
     if used:
         for name,data in assets().items():
