@@ -9,7 +9,8 @@ __all__ = ['lengths', 'squash', 'votes', 'route', 'RoutingTrace', 'route_factore
            'ImageSet', 'ImageData', 'load_data', 'load_folder', 'read_image', 'batches', 'eval_batches', 'shift_images',
            'default_data_dir', 'DataUnavailable', 'Run', 'save_run', 'load_run', 'pick_device', 'TrainConfig', 'lr_at',
            'new_net', 'fit', 'evaluate', 'Evaluation', 'peak_memory', 'Interrupted', 'TrainingDiverged',
-           'CheckpointFailed']
+           'CheckpointFailed', 'RECIPES', 'BaselineConfig', 'BaselineNet', 'baseline_loss', 'PoseSet',
+           'pretrained_poses', 'pretrained_record', 'get_table', 'run_row', 'read_results', 'table_lines']
 
 # %% ../nbs/19_all.ipynb #imports
 from .squash import lengths, squash
@@ -19,12 +20,15 @@ from .fourier import fourier_conv2d, FourierConv2d, keep_freed_memory
 from .layers import PrimaryCaps, RoutedCaps
 from .losses import margin_loss, reconstruction_loss, capsule_loss
 from .decoder import mask_capsules, Decoder
+from .baselines import BaselineConfig, BaselineNet, baseline_loss
 from .capsnet import CapsConfig, CapsOut, CapsNet, count_params
 from .glyphs import Glyphs, make_glyphs
 from .data import ImageSet, ImageData, load_data, load_folder, read_image, batches, eval_batches, shift_images, default_data_dir, DataUnavailable
 from .runs import Run, save_run, load_run
 from .training import (pick_device, TrainConfig, lr_at, new_net, fit, evaluate, Evaluation, peak_memory,
-                                      Interrupted, TrainingDiverged, CheckpointFailed)
+                                      Interrupted, TrainingDiverged, CheckpointFailed, RECIPES)
+from .pretrained import PoseSet, pretrained_poses, pretrained_record
+from .results import get_table, run_row, read_results, table_lines
 
 # %% ../nbs/19_all.ipynb #all
 _all_ = ['lengths', 'squash', 'votes', 'route', 'RoutingTrace', 'route_factored', 'fourier_conv2d', 'FourierConv2d', 'keep_freed_memory',
@@ -32,4 +36,5 @@ _all_ = ['lengths', 'squash', 'votes', 'route', 'RoutingTrace', 'route_factored'
          'CapsConfig', 'CapsOut', 'CapsNet', 'count_params', 'Glyphs', 'make_glyphs',
          'ImageSet', 'ImageData', 'load_data', 'load_folder', 'read_image', 'batches', 'eval_batches', 'shift_images', 'default_data_dir', 'DataUnavailable',
          'Run', 'save_run', 'load_run', 'pick_device', 'TrainConfig', 'lr_at', 'new_net', 'fit', 'evaluate', 'Evaluation', 'peak_memory',
-         'Interrupted', 'TrainingDiverged', 'CheckpointFailed']
+         'Interrupted', 'TrainingDiverged', 'CheckpointFailed', 'RECIPES', 'BaselineConfig', 'BaselineNet', 'baseline_loss',
+         'PoseSet', 'pretrained_poses', 'pretrained_record', 'get_table', 'run_row', 'read_results', 'table_lines']

@@ -894,7 +894,7 @@ def _reproduce(s, t, rows, seeds):
         say = (lambda *a: None) if s["quiet"] else (lambda *a: print(*a, flush=True))
         say(f"run {i} of {len(every)}: {r.title}, seed {seed}")
         reporter = _Reporter(data.name, s["epochs"] or _epochs(s["recipe"]), s["quiet"])
-        command = _command(capsule_reproduce, {**s, "rows": r.name, "seeds": str(seed)}, ("out", "data_dir", "quiet", "show"), (s["table"],))
+        command = _command(capsule_reproduce, {**s, "rows": r.name, "seeds": str(seed)}, ("table", "out", "data_dir", "quiet", "show"), (s["table"],))
         try: got.append(run_row(t, r, seed, s["out"], s["recipe"], s["epochs"], s["limit"], s["dataset"], s["data_dir"], pick_device(s["no_cuda"]), reporter, command, data, **train))
         except Interrupted as e: raise Interrupted(str(e).removesuffix("go on with --resume")+"the same command goes on with it", e.signum) from None
         finally: reporter.close()

@@ -4,10 +4,10 @@ import json, os, shutil
 import pytest
 
 from capsule_routing import commands
-from capsule_routing.commands import Refused, _parse, capsule_bench, capsule_evaluate, capsule_predict, capsule_train, run_verb, verb, verb_parser, whole
+from capsule_routing.commands import Refused, _parse, capsule_bench, capsule_evaluate, capsule_predict, capsule_reproduce, capsule_train, run_verb, verb, verb_parser, whole
 from conftest import TINY
 
-VERBS = [capsule_train, capsule_evaluate, capsule_predict, capsule_bench]
+VERBS = [capsule_train, capsule_evaluate, capsule_predict, capsule_bench, capsule_reproduce]
 WELL_KNOWN = ("--batch-size 128 --test-batch-size 1000 --epochs 1 --lr 0.001 --no-cuda --seed 1 --log-interval 10 "
               "--routing_iterations 3 --with_reconstruction").split()
 
@@ -27,7 +27,7 @@ def options(func):
 
 
 CASES = [(f, k, text, want) for f in VERBS for k, text, want in options(f)]
-WORDS = {capsule_train: [], capsule_bench: [], capsule_evaluate: ["RUN"], capsule_predict: ["RUN", "a.png"]}
+WORDS = {capsule_train: [], capsule_bench: [], capsule_evaluate: ["RUN"], capsule_predict: ["RUN", "a.png"], capsule_reproduce: ["table1"]}
 
 
 # -- parsing --

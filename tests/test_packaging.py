@@ -130,3 +130,27 @@ def test_wheel_trains_outside_the_checkout(installed, tmp_path):
     Image.new('L', (28,28)).save(tmp_path/'dark.png')
     out = run(bin/'capsule_predict', tmp_path/'run', tmp_path/'dark.png', cwd=tmp_path)
     assert 'dark.png' in out
+
+def test_wheel_carries_weights_poses_and_results(installed, tmp_path):
+    "Out of the checkout, offline: a trained network, its poses, and every results file, read from the installed package"
+    bin,site = installed
+    out = run(bin/'python', '-c', """
+import json, sys
+from importlib.resources import files
+from pathlib import Path
+from capsule_routing.all import *
+from capsule_routing.results import TABLES
+from capsule_routing.pretrained import pretrained_poses, pretrained_record
+assert Path(sys.argv[1]) in Path(str(files('capsule_routing'))).parents
+net,p = CapsNet.from_pretrained('mnist'),pretrained_poses('mnist')
+drawn = net.decoder(mask_capsules(p.poses, p.y))
+assert drawn.shape==(400, 1, 28, 28) and pretrained_record('mnist')['sha256']
+def walk(d):
+    for o in d.iterdir():
+        if o.is_dir(): yield from walk(o)
+        elif o.name.endswith('.json'): yield o.name, json.loads(o.read_text())
+print(json.dumps(sorted(n for n,r in walk(files('capsule_routing')/'results'))), sum(len(read_results(t)) for t in TABLES))
+""", site, cwd=tmp_path, env=clean_env())
+    here = sorted(p.name for p in (lib/'results').rglob('*.json'))
+    assert here and out.split(']')[0]+']' == json.dumps(here)
+    assert int(out.split(']')[1]) == len([p for p in (lib/'results').rglob('*/*.json')])
