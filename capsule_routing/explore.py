@@ -88,14 +88,14 @@ def hint(
     side:int=28,   # Height of the image, in pixels
 ) -> str:          # Such as `slant +4°, ink −3%`
     "What a dimension does, in a few words."
-    names = {"ink": ("ink {}%", 2., 0), "right": (("left {}", "right {}"), side/100, 1), "down": (("up {}", "down {}"), side/100, 1),
-             "width": ("width {}", side/100, 1), "height": ("height {}", side/100, 1), "slant": ("slant {}°", 1., 0)}
-    said = []
-    for (says, unit, digits), v in zip(names.values(), effect.tolist()):
-        if not abs(v) >= unit: continue                                       # NaN is not said either
-        if isinstance(says, tuple): text = says[v > 0].format(f"{abs(v):.{digits}f} px")
-        else: text = says.format(f"{v:+.{digits}f}".replace("-", "−")) + (" px" if digits else "")
-        said.append((abs(v)/unit, text))
+    px, said = side/100, []
+    ways = [("ink {}%", 2., 0), (("left {} px", "right {} px"), px, 1), (("up {} px", "down {} px"), px, 1),
+            ("width {} px", px, 1), ("height {} px", px, 1), ("slant {}°", 1., 0)]
+    for (says, unit, digits), v in zip(ways, effect.tolist()):
+        if not abs(v) >= unit/2: continue                                     # NaN is not said either
+        if isinstance(says, tuple): says, n = says[v > 0], f"{abs(v):.{digits}f}"
+        else: n = f"{v:+.{digits}f}".replace("-", "−")
+        if n.strip("+−0."): said.append((abs(v)/unit, says.format(n)))
     if said: return ", ".join(text for _, text in sorted(said, reverse=True)[:2])
     return "shape only" if effect[-1] >= 0.005 else "hardly anything"
 
@@ -233,6 +233,7 @@ class CapsuleExplorer(ipywidgets.Box):
         js = dict(_esm=explorer_file("decode.js", "widget.js"), _css=explorer_file("widget.css"))
         self.view = CapsuleView(sliders=self.sliders, labels=self.labels, choices=[self.kind, self.which], **js, **{k: s[k] for k in s if k not in ("reach", "step")})
         left = ipywidgets.VBox([self.view, self.kind, self.which]).add_class("capsule-left")
+        rows.insert(0, ipywidgets.Label("What 0.1 more of a dimension does, on average over the class:").add_class("capsule-head"))
         super().__init__([left, ipywidgets.VBox(rows).add_class("capsule-rows")], layout=Layout(flex_flow="row wrap", align_items="flex-start", overflow="visible"))
         self.add_class("capsule-explorer")
         self.kind.observe(self._say, "index"); self._say()

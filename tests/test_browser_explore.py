@@ -150,20 +150,19 @@ def test_state_stays_on_its_page(processed):
 def widget_page(processed, tmp_path_factory):
     "A folder with the notebook as HTML, its widgets' scripts beside it"
     from nbconvert import HTMLExporter
-    from ipywidgets.embed import escape_script
     import nbformat
     spec = importlib.util.spec_from_file_location("postrender", top/".ci/postrender.py")
     postrender = importlib.util.module_from_spec(spec); spec.loader.exec_module(postrender)
     out = tmp_path_factory.mktemp("page")
     try: assets = postrender.assets()
     except (OSError, subprocess.CalledProcessError) as e: missing(f"the widgets' scripts can't be had from npm ({e})")
-    for name in ("require.js", "embed-amd.js", "anywidget.js"): (out/name).write_bytes(assets[name])
+    for name in ("jquery.js", "require.js", "embed-amd.js", "anywidget.js"): (out/name).write_bytes(assets[name])
+    for c in processed[0]["cells"]: c.pop("has_sd", None)   # nbdev's mark on its own cells
     body, _ = HTMLExporter(template_name="basic").from_notebook_node(nbformat.reads(json.dumps(processed[0]), 4))
     head = """<!DOCTYPE html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>explore</title>
 <style>body { max-width: 46rem; margin: 0 auto; padding: 1rem; font-family: sans-serif } pre { overflow: auto } img { max-width: 100% }</style>
-<script src="require.js"></script><script>requirejs.config({paths: {anywidget: './anywidget'}})</script><script src="embed-amd.js"></script>"""
-    state = f'<script type="{STATE}">{escape_script(json.dumps(processed[0]["metadata"]["widgets"][STATE]))}</script>'
-    (out/"explore.html").write_text(head+body+state, encoding="utf-8")
+<script src="jquery.js"></script><script src="require.js"></script><script>requirejs.config({paths: {anywidget: './anywidget'}})</script><script src="embed-amd.js"></script>"""
+    (out/"explore.html").write_text(head+body, encoding="utf-8")
     assert (out/"explore.html").stat().st_size < 6e6
     return out
 

@@ -3,15 +3,19 @@
 const models = (model, name) =>
   Promise.all(model.get(name).map(id => model.widget_manager.get_model(id.replace("IPY_MODEL_", ""))));
 
-// The names that a screen reader says: ipywidgets gives a slider's handle neither a name nor a rounded value.
+// What a screen reader says: ipywidgets gives a slider's handle no name, and values of one decimal.
 function speak(sliders, say) {
   const views = new Map();                                     // handle -> its observer
   const one = (handle, slider, d) => {
     const set = (key, value) => { if (handle.getAttribute(key) !== value) handle.setAttribute(key, value); };
-    const now = () => { set("aria-label", say(d)); set("aria-valuetext", signed(slider.get("value"))); };
+    const now = () => {
+      set("aria-label", say(d));
+      set("aria-valuetext", signed(slider.get("value")));
+      for (const [key, name] of [["min", "min"], ["max", "max"], ["now", "value"]]) set(`aria-value${key}`, slider.get(name).toFixed(2));
+    };
     if (!views.has(handle)) {
       const watch = new MutationObserver(now);                 // the slider writes its own text at each move
-      watch.observe(handle, {attributes: true, attributeFilter: ["aria-valuetext", "aria-label"]});
+      watch.observe(handle, {attributes: true, attributeFilter: ["aria-valuetext", "aria-valuenow"]});
       views.set(handle, watch);
     }
     now();
@@ -35,10 +39,12 @@ async function render({model, el}) {
   el.classList.add("capsule-view");
   const canvas = el.appendChild(document.createElement("canvas"));
   canvas.setAttribute("role", "img");
-  const line = el.appendChild(document.createElement("div"));
+  const said = el.appendChild(document.createElement("div"));
+  said.className = "capsule-said";
+  const line = said.appendChild(document.createElement("div"));
   line.className = "capsule-caption";
   line.setAttribute("aria-live", "polite");
-  const reset = el.appendChild(document.createElement("button"));
+  const reset = said.appendChild(document.createElement("button"));
   reset.type = "button";
   reset.className = "capsule-reset";
   reset.textContent = "Reset all to 0";
