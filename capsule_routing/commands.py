@@ -253,7 +253,7 @@ SCHEDULES = ("paper", "constant", "one_cycle")
 RECIPE_NAMES = ("paper", "fast")
 TABLE_NAMES = ("table1", "multimnist", "affnist", "routing")
 PRECISIONS = ("auto", "fp32", "bf16")
-BENCH_PARTS = ("limits", "step", "shares", "routing", "inference", "growth", "epoch")
+BENCH_PARTS = ("limits", "step", "shares", "routing", "inference", "growth", "epoch", "epoch_compiled")
 
 # %% ../nbs/18_commands.ipynb #settings-rules
 def _widths(v): return tuple(int(w) for w in v.split(","))
@@ -261,7 +261,7 @@ def _widths(v): return tuple(int(w) for w in v.split(","))
 _size = whole(1, 4096)
 _a_path = Rule("a path", lambda v: bool(v.strip()) and "\0" not in v)
 _train_rules = dict(
-    dataset=one_of(*DATASETS), schedule=one_of(*SCHEDULES), recipe=one_of(*RECIPE_NAMES), precision=one_of(*PRECISIONS), data_dir=_a_path, folder=_a_path,
+    dataset=one_of(*DATASETS), schedule=one_of(*SCHEDULES), recipe=one_of(*RECIPE_NAMES), precision=one_of(*PRECISIONS), compile=one_of("off", "on"), data_dir=_a_path, folder=_a_path,
     test_folder=_a_path, out=_a_path, size=_size, channels=Rule("1 or 3", lambda v: v in (1,3)), limit=whole(), epochs=whole(),
     batch_size=whole(1, 2**20), test_batch_size=whole(1, 2**20), lr=above(0), shift=whole(0, 1000), seed=whole(0, 2**63-1),
     recon_weight=above(0, equal=True), routing_iterations=whole(1, 1000), kernel=whole(1, 99), conv_channels=_size, primary_types=_size,
@@ -437,6 +437,7 @@ def capsule_train(
     class_size:int=16,               # Numbers in a class's capsule
     decoder_widths:str="512,1024",   # Hidden widths of the decoder
     precision:str="auto",            # Arithmetic of the network; auto is bf16 on a GPU that has it, else fp32
+    compile:str="off",               # on passes the network through torch.compile, on a GPU with CUDA graphs; pays in long runs
     no_cuda:bool=False,              # Stay on the CPU even if there is a GPU
     threads:int=None,                # CPU threads; without it torch's number
     deterministic:bool=False,        # The same weights again on a GPU too (the CPU needs no flag)
@@ -777,7 +778,7 @@ def _say_prediction(found, x, lens, classes, picture, r, invert):
 # %% ../nbs/18_commands.ipynb #bench-helpers
 def _parts(text, cuda):
     "The parts to measure, in the order given"
-    if text is None: return tuple(p for p in BENCH_PARTS if cuda or p != "epoch")
+    if text is None: return tuple(p for p in BENCH_PARTS if cuda or not p.startswith("epoch"))
     return tuple(_check("parts", p.strip(), str, one_of(*BENCH_PARTS)) for p in text.split(","))
 
 def _results_file(out):
@@ -790,7 +791,7 @@ def _results_file(out):
 @verb("capsule_bench --parts step,routing --out speed.json", n=whole(1, 10**4), out=Rule("the path of a .json file", lambda v: Path(v).suffix.lower() == ".json"),
       **{k: _train_rules[k] for k in ("batch_size", "threads", "conv_channels", "primary_types", "primary_size", "class_size", "decoder_widths")})
 def capsule_bench(
-    parts:str=None,         # With commas between: limits, step, shares, routing, inference, growth, epoch; without it all, but epoch only on a GPU
+    parts:str=None,         # With commas between: limits, step, shares, routing, inference, growth, epoch, epoch_compiled; without it all, but the epochs only on a GPU
     n:int=7,                # Turns of each contender
     batch_size:int=128,     # Images in a training step, and for routing
     out:str=None,           # JSON file for all numbers; must not exist
@@ -847,7 +848,7 @@ def _table_of(name):
 
 # %% ../nbs/18_commands.ipynb #capsule-reproduce
 @verb("capsule_reproduce table1 --recipe fast --seeds 1", table=one_of(*TABLE_NAMES), recipe=one_of(*RECIPE_NAMES), dataset=one_of("mnist", "fashion_mnist", "kmnist", "glyphs"),
-      **{k: _train_rules[k] for k in ("out", "data_dir", "epochs", "limit", "precision", "threads", "log_interval", "checkpoint_minutes")})
+      **{k: _train_rules[k] for k in ("out", "data_dir", "epochs", "limit", "precision", "threads", "log_interval", "checkpoint_minutes", "compile")})
 def capsule_reproduce(
     table:str,             # table1, multimnist, affnist or routing
     rows:str=None,         # Names of rows with commas between; without it all
@@ -860,6 +861,7 @@ def capsule_reproduce(
     show:bool=False,       # Train nothing; show what the package holds, and what --out holds
     data_dir:str=None,     # Where downloads are kept; without it a cache folder of yours
     precision:str="auto",  # Arithmetic of the network; auto is bf16 on a GPU that has it, else fp32
+    compile:str="off",     # on passes the networks through torch.compile, on a GPU with CUDA graphs
     no_cuda:bool=False,    # Stay on the CPU even if there is a GPU
     threads:int=None,      # CPU threads; without it torch's number
     deterministic:bool=False, # The same weights again on a GPU too
@@ -888,7 +890,7 @@ def _reproduce(s, t, rows, seeds):
     from capsule_routing.training import Interrupted, pick_device
     try: data = t.data(s["data_dir"], s["limit"], s["dataset"])
     except DataUnavailable as e: raise Refused(str(e), "dataset", s["dataset"] or "mnist") from e
-    train = {k: s[k] for k in ("precision", "threads", "deterministic", "log_interval", "checkpoint_minutes")}
+    train = {k: s[k] for k in ("precision", "compile", "threads", "deterministic", "log_interval", "checkpoint_minutes")}
     got,every = [],[(seed, r) for seed in seeds for r in rows]   # a first figure of every row comes before a second of one
     for i,(seed,r) in enumerate(every, 1):
         say = (lambda *a: None) if s["quiet"] else (lambda *a: print(*a, flush=True))

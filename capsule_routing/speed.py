@@ -296,6 +296,7 @@ def bench_epoch(
     epochs:int=3,          # The first is not counted
     device='cuda',         # Where to run
     precision:str='auto',  # As for training
+    compile:str='off',     # As for training; on a GPU `on` means CUDA graphs
 ) -> dict:                 # Seconds of an epoch and of the test
     "Whole epochs and whole tests of the paper's network by the training loop itself, on random images."
     from capsule_routing.data import ImageData, ImageSet
@@ -303,10 +304,10 @@ def bench_epoch(
     g = torch.Generator().manual_seed(0)
     def some(n): return ImageSet(torch.randint(256, (n, 1, 28, 28), generator=g).to(torch.uint8), torch.randint(10, (n,), generator=g), tuple('0123456789'))
     data,net = ImageData('noise', some(n_images), some(n_test)),new_net(CapsConfig(), 1)
-    history = fit(net, data, TrainConfig(epochs=epochs, precision=precision, log_interval=10**6), device=device)
+    history = fit(net, data, TrainConfig(epochs=epochs, precision=precision, compile=compile, log_interval=10**6), device=device)
     test = data.test.to(device)
     t = alternate(dict(test=lambda: evaluate(net, test, 1000, precision)), n=5, device=device)
-    return dict(n_images=n_images, n_test=n_test, precision=pick_precision(precision, torch.device(device)),
+    return dict(n_images=n_images, n_test=n_test, precision=pick_precision(precision, torch.device(device)), compile=compile,
                 epoch_seconds=[r['seconds'] for r in history[1:]], test_seconds=_spread(t)['test'])
 
 # %% ../nbs/16_speed.ipynb #has-bf16
@@ -319,10 +320,10 @@ def has_bf16(
     return any(f is not None and f() for f in asks)
 
 # %% ../nbs/16_speed.ipynb #run-bench
-PARTS = ('limits', 'step', 'shares', 'routing', 'inference', 'growth', 'epoch')
+PARTS = ('limits', 'step', 'shares', 'routing', 'inference', 'growth', 'epoch', 'epoch_compiled')
 
 def run_bench(
-    parts=PARTS[:-1],  # Which parts; `epoch` takes half an hour on a CPU and seconds on a GPU
+    parts=PARTS[:-2],  # Which parts; `epoch` and `epoch_compiled` take half an hour each on a CPU and seconds on a GPU
     n:int=7,           # Turns of each contender
     batch_size:int=128,# Images in a training step
     device='cpu',      # Where to run
@@ -338,7 +339,7 @@ def run_bench(
                 routing=lambda: bench_routing(batch_size, n=n, device=device),
                 inference=lambda: bench_inference(cfg, n=min(n, 3), device=device),
                 growth=lambda: bench_growth(min(n, 3), device),
-                epoch=lambda: bench_epoch(device=device))
+                epoch=lambda: bench_epoch(device=device), epoch_compiled=lambda: bench_epoch(device=device, compile='on'))
     res = dict(machine=machine(device))
     try:
         for p in parts:
@@ -370,8 +371,9 @@ def bench_table(
     if 'growth' in res:
         for k,rs in res['growth']['rows'].items():
             lines.append(f"capsule layer against {k}: " + ", ".join(f"{r['size']}: {r['seconds']*1e3:.1f} ms, {r['peak_bytes']/1e6:.0f} MB" for r in rs))
-    if 'epoch' in res: lines.append(f"epoch of {res['epoch']['n_images']:,} images {min(res['epoch']['epoch_seconds']):.2f} s, "
-                                    f"test of {res['epoch']['n_test']:,} {res['epoch']['test_seconds']['median']:.3f} s, {res['epoch']['precision']}")
+    for e in (res[k] for k in ('epoch', 'epoch_compiled') if k in res):
+        lines.append(f"epoch of {e['n_images']:,} images {min(e['epoch_seconds']):.2f} s, test of {e['n_test']:,} {e['test_seconds']['median']:.3f} s, {e['precision']}"
+                     + (', compiled' if e.get('compile') == 'on' else ''))
     return "\n".join(lines)
 
 # %% ../nbs/16_speed.ipynb #results-file

@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple, Optional, Union
 
@@ -25,7 +26,7 @@ from . import __version__
 from .fourier import keep_freed_memory
 from .losses import margin_loss, reconstruction_loss
 from .baselines import BaselineNet, BaselineOut, baseline_loss
-from .capsnet import CapsConfig, CapsNet
+from .capsnet import CapsNet
 from .data import ImageData, ImageSet, batches, eval_batches
 from .runs import (BEST, CONFIG, HISTORY, LAST, RAW, Checkpoint, _finite, _json, build_net, full_config, lock_run,
                                   make_folder, read_checkpoint, read_json, write_atomic, write_checkpoint)
@@ -53,10 +54,12 @@ def pick_compile(
     compile:str,         # `"on"` or `"off"`
     device:torch.device, # Where the network runs
 ) -> str:                # `"on"` or `"off"`
-    "On a CPU `torch.compile` needs a C++ compiler; without one the network runs as it is, and a warning says so."
+    "`torch.compile` needs a C++ compiler on a CPU, Triton on a GPU; without it the network runs as it is, and a warning says so."
     names = [os.environ.get("CXX") or "c++", "g++", "clang++", "cl"]
-    if compile == "off" or device.type != "cpu" or any(map(shutil.which, names)): return compile
-    warnings.warn(f"compile=on: no C++ compiler found ({', '.join(names)}), the network runs without torch.compile")
+    gpu = device.type == "cuda"
+    if compile == "off" or (find_spec("triton") if gpu else any(map(shutil.which, names))): return compile
+    missing = "Triton is not installed" if gpu else f"no C++ compiler found ({', '.join(names)})"
+    warnings.warn(f"compile=on: {missing}, the network runs without torch.compile")
     return "off"
 
 # %% ../nbs/10_training.ipynb #autocast
@@ -337,7 +340,8 @@ def prepare(self:Trainer, ck:Optional[Checkpoint]):
         self.epoch, self.step, self.global_step, self.history = m["epoch"], m["step"], m["global_step"], m["history"]
         self.seconds, self.sessions, self.saved = float(m.get("seconds", 0)), list(m.get("sessions", [])), (m["epoch"], m["step"])
         self.sums.copy_(ck.sums)
-    self.model = torch.compile(self.net) if self.cfg.compile == "on" else self.net
+    mode = "reduce-overhead" if self.device.type == "cuda" else "default"      # on a GPU the launches cost most
+    self.model = torch.compile(self.net, mode=mode) if self.cfg.compile == "on" else self.net
     if self.world > 1: self.model = nn.parallel.DistributedDataParallel(self.model)
     self.sessions.append(dict(global_step=self.global_step, device=device_name(self.device), threads=torch.get_num_threads(),
                               processes=self.world, torch=torch.__version__, capsule_routing=__version__))

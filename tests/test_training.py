@@ -1,6 +1,7 @@
 "Training: what is computed, what is counted, what stops it, and that it goes on as if nothing had been."
 import errno, json, math, os, shutil, signal, threading
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 
 import pytest, torch
 from hypothesis import given, settings, strategies as st
@@ -10,7 +11,7 @@ from capsule_routing.capsnet import CapsConfig, CapsNet
 from capsule_routing.data import ImageData, ImageSet, batches
 from capsule_routing.losses import capsule_loss, margin_loss, reconstruction_loss
 from capsule_routing.runs import BEST, CONFIG, HISTORY, LAST, LOCK, RunLocked, digest, load_run, lock_run, read_json
-from capsule_routing.training import (CheckpointFailed, Interrupted, TrainConfig, TrainingDiverged, evaluate, fit, lr_at, new_net,
+from capsule_routing.training import (CheckpointFailed, Interrupted, TrainConfig, Trainer, TrainingDiverged, evaluate, fit, lr_at, new_net,
                                       peak_memory, pick_device, pick_precision, resume_config)
 
 TINY = CapsConfig(height=20, width=20, n_classes=3, conv_channels=4, n_types=2, d_primary=4, d_class=4, decoder=(8,))
@@ -526,4 +527,35 @@ def test_without_a_compiler_the_network_runs_as_it_is(data, monkeypatch):
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
 def test_a_compiled_run_learns_the_same(data):
     a, b = ([r["train_loss"] for r in fit(new_net(TINY, 1), data, replace(CFG, compile=c, epochs=1))] for c in ("off", "on"))
+    assert a == pytest.approx(b, rel=1e-3)
+
+
+# -- on a GPU --
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+@cuda
+@pytest.mark.parametrize("extra", [dict(), dict(average=0.99, schedule="one_cycle"), dict(precision="bf16")], ids=str)
+def test_steps_on_a_gpu_never_wait_for_it(data, extra):
+    t = Trainer(new_net(TINY, 1), data, replace(CFG, threads=1, **{"precision": "fp32", **extra}), device="cuda")
+    t.prepare(None)
+    made = list(training.batches(t.train_set, 16, 1, 1, 2))
+    t.one_step(*made[0][:2])                                     # the first step makes Adam's moments
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for x, y, _ in made[1:4]: t.one_step(x, y)
+    finally: torch.cuda.set_sync_debug_mode("default")
+
+
+@cuda
+def test_deterministic_runs_on_a_gpu_are_bit_equal(data):
+    nets = [new_net(TINY, 1) for _ in "ab"]
+    for n in nets: fit(n, data, replace(CFG, deterministic=True), device="cuda")
+    assert digest(nets[0].state_dict()) == digest(nets[1].state_dict())
+
+
+@cuda
+@pytest.mark.skipif(not find_spec("triton"), reason="no Triton")
+def test_cuda_graphs_learn_the_same(data):
+    a, b = ([r["train_loss"] for r in fit(new_net(TINY, 1), data, replace(CFG, compile=c, precision="fp32"), device="cuda")] for c in ("off", "on"))
     assert a == pytest.approx(b, rel=1e-3)
