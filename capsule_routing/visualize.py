@@ -7,7 +7,7 @@ __all__ = ['RIGHT', 'WRONG', 'FIRST', 'SECOND', 'OFFSETS', 'Picture', 'new_figur
            'reconstruction_figure', 'worst_mistakes', 'right_and_wrong', 'dimension_pictures', 'dimension_figure',
            'RoutingView', 'routing_view', 'type_tiles', 'couplings_figure', 'Field', 'receptive_field', 'voters_figure',
            'lengths_figure', 'confusion_counts', 'confusion_figure', 'mistakes_figure', 'prediction_figure', 'Trend',
-           'test_loss_trend', 'history_figure', 'two_colours', 'overlap_figure', 'Meaning', 'measure_meaning',
+           'loss_trend', 'history_figure', 'two_colours', 'overlap_figure', 'Meaning', 'measure_meaning',
            'capsule_meaning', 'meaning_figure', 'r2_figure', 'save_training_figures']
 
 # %% ../nbs/11_visualize.ipynb #imports
@@ -86,6 +86,13 @@ def show_image(
     ax.imshow((x[..., 0] if x.shape[-1] != 3 else x).numpy(), cmap="gray", vmin=0, vmax=top, interpolation="nearest")
     ax.set_title(title, **{"fontsize": 8, **kwargs})
     ax.set_xticks([]); ax.set_yticks([])
+
+# %% ../nbs/11_visualize.ipynb #colour-bar
+def _bar(fig, image, axes, label, **kwargs):
+    "A colour bar with small letters"
+    bar = fig.colorbar(image, ax=axes, **kwargs)
+    bar.set_label(label, fontsize=8)
+    bar.ax.tick_params(labelsize=7)
 
 # %% ../nbs/11_visualize.ipynb #arguments
 RIGHT, WRONG, FIRST, SECOND = "black", "#C04000", "#E69F00", "#0072B2"   # Of texts; of two things to be told apart
@@ -267,7 +274,7 @@ def type_tiles(
 ):                 # Array of the tiles, one cell between any two, NaN where there is no capsule
     "Lay the maps of all types side by side."
     t,h,w = maps.shape
-    cols = min(t, cols or max(1, round(math.sqrt(t/2))))
+    cols = min(t, cols or math.ceil(math.sqrt(t/2)))
     rows = math.ceil(t/cols)
     out = np.full((rows*(h+1)-1, cols*(w+1)-1), np.nan)
     for k in range(t):
@@ -297,7 +304,7 @@ def couplings_figure(
     for ax,k in zip(axes, shown):
         im = ax.imshow(tiles[k], cmap="PuOr_r", vmin=equal-off, vmax=equal+off, interpolation="nearest")
         ax.set_title(f"iteration {k+1}", fontsize=8); ax.set_xticks([]); ax.set_yticks([])
-    fig.colorbar(im, ax=axes, shrink=0.8, aspect=25, extend="both", label=f"coupling to {names[which]}; {equal:.2g} is an equal share")
+    _bar(fig, im, axes, f"coupling to {names[which]}; {equal:.2g} is an equal share", shrink=0.8, aspect=25, extend="both")
     _entropy_panel(last, view)
     return fig
 
@@ -359,13 +366,13 @@ def voters_figure(
     show_image(first, x[0], "input")
     cy,cx = y0+(ry-1)/2,x0+(rx-1)/2                                                        # centre of place (0, 0)
     for ax,k,m in zip(axes, which, maps):
-        show_image(ax, 1-0.3*x[0] if len(x[0]) == 1 else 0.6+0.4*x[0], f"{names[k]}: length {view.lengths[-1, 0, k]:.2f}, support {m.sum():.2f}")
-        im = ax.imshow(m.numpy(), cmap="PuOr_r", norm=Normalize(-top, top), alpha=0.75, interpolation="nearest",
+        show_image(ax, 1-0.45*x[0] if len(x[0]) == 1 else 0.6+0.4*x[0], f"{names[k]}: length {view.lengths[-1, 0, k]:.2f}, support {m.sum():.2f}")
+        im = ax.imshow(m.numpy(), cmap="PuOr_r", norm=Normalize(-top, top), alpha=0.65, interpolation="nearest",
                        extent=(cx-dx/2, cx+dx*(w-.5), cy+dy*(h-.5), cy-dy/2))
         i,j = divmod(int(m.argmax()), w)
         ax.add_patch(Rectangle((x0+dx*j-.5, y0+dy*i-.5), rx, ry, fill=False, edgecolor="black", linestyle="--", linewidth=1))
         ax.set(xlim=(-.5, x.shape[3]-.5), ylim=(x.shape[2]-.5, -.5))
-    fig.colorbar(im, ax=axes, shrink=0.85, label="support from a place")
+    _bar(fig, im, axes, "support from a place", shrink=0.85)
     return fig
 
 # %% ../nbs/11_visualize.ipynb #lengths-figure
@@ -439,8 +446,8 @@ def mistakes_figure(
     "The worst mistakes: target and predicted class over each, with both lengths."
     worst = worst_mistakes(ev, n)
     rows = max(1, math.ceil(len(worst)/cols))
-    fig,axes = new_figure(cols*1.15, 0.6+rows*1.5, rows, cols)
-    fig.suptitle(title, fontsize=9)
+    fig,axes = new_figure(cols*1.15, (0.5 if title else 0.1)+rows*1.5, rows, cols)
+    if title: fig.suptitle(title, fontsize=9)
     for ax in axes.flat: ax.set_axis_off()
     for ax,i in zip(axes.flat, worst.tolist()):
         t,p = int(ev.target[i]),int(ev.pred[i])
@@ -474,7 +481,7 @@ class Trend(NamedTuple):
     error:float   # Standard error of the slope
     n:int         # Epochs that the line was fitted to
 
-def test_loss_trend(
+def loss_trend(
     history:list, # One dict an epoch, or a `Run`
 ) -> Trend:       # "falls" or "rises" where the slope is more than two standard errors from zero
     "Does the test loss still fall in the last third of the epochs (five at least)?"
@@ -493,14 +500,12 @@ def _history(history):
         raise ValueError("history must be a run or its rows, one dict an epoch with its losses and errors, at least one")
     return list(rows)
 
-test_loss_trend.__test__ = False   # pytest: no test, in spite of its name
-
 # %% ../nbs/11_visualize.ipynb #history-figure
 def history_figure(
     history,  # One dict an epoch, or a `Run`
 ) -> Figure:  # Losses at the left, errors at the right
     "Loss and error over the epochs, and whether the test loss still falls."
-    rows,trend = _history(history),test_loss_trend(history)
+    rows,trend = _history(history),loss_trend(history)
     epochs = [r.get("epoch", k+1) for k,r in enumerate(rows)]
     style = dict(marker="o" if len(rows) <= 40 else None, markersize=3, linewidth=1.5)
     fig,((left,right),) = new_figure(7, 2.6, 1, 2)
@@ -517,7 +522,8 @@ def history_figure(
         if values and max(values) > 20*min(values): ax.set_yscale("log")
         else: ax.set_ylim(bottom=0)
         ax.set(xlabel="epoch", ylabel=what); ax.grid(color="0.9"); ax.legend(fontsize=8, frameon=False)
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        if len(rows) <= 12: ax.set_xticks(epochs)
+        if len(rows) == 1: ax.set_xlim(epochs[0]-1, epochs[0]+1)
     return fig
 
 # %% ../nbs/11_visualize.ipynb #two-colours
@@ -652,7 +658,7 @@ def meaning_figure(
         ticks = range(0, d, 1 if told else 5)
         ax.set_yticks(ticks, [""]*len(ticks) if k % cols else ticks, fontsize=8)
     for ax in axes[:, 0]: ax.set_ylabel("dimension", fontsize=8)
-    fig.colorbar(im, ax=axes, shrink=0.7, aspect=30, label="correlation")
+    _bar(fig, im, axes, "correlation", shrink=0.7, aspect=30)
     return fig
 
 # %% ../nbs/11_visualize.ipynb #r2-figure
@@ -668,9 +674,9 @@ def r2_figure(
     ax.set_xticks(range(f), m.factors, rotation=30, ha="right", fontsize=8)
     ax.set_yticks(range(k), m.classes, fontsize=8)
     n = f"{m.n_test.min()}" if m.n_test.min() == m.n_test.max() else f"{m.n_test.min()} to {m.n_test.max()}"
-    ax.set(ylabel="class")
+    ax.set_ylabel("class", fontsize=8)
     ax.set_title(f"R² on {n} held-out images of each class", fontsize=8)
-    fig.colorbar(im, ax=ax, label="R²", extend="min")
+    _bar(fig, im, ax, "R²", extend="min")
     return fig
 
 # %% ../nbs/11_visualize.ipynb #save-training-figures

@@ -6,7 +6,6 @@ from capsule_routing.capsnet import CapsConfig
 from capsule_routing.data import ImageData, ImageSet
 from capsule_routing.decoder import mask_capsules
 from capsule_routing.glyphs import make_glyphs
-from capsule_routing.layers import PrimaryCaps
 from capsule_routing.pretrained import pretrained_net, pretrained_poses
 from capsule_routing.runs import Run
 from capsule_routing.training import evaluate, new_net
@@ -101,7 +100,7 @@ def test_a_capsule_is_shown_at_its_place(row, col):
     u = net.primary(net.conv1(x).relu())[0].norm(dim=-1).view(3, 3, 5)
     assert (u > 0).nonzero().tolist() == [[1, row, col]]
     assert (view.support[-1, 0].abs().sum(0) > 1e-9).nonzero().tolist() == [[1, row, col]]
-    assert (view.entropy[-1, 0] < 1-1e-6).nonzero().tolist() == [[1, row, col]]
+    assert ((view.c[-1, 0]-.1).abs().amax(0) > 1e-6).nonzero().tolist() == [[1, row, col]]      # the others have nothing to say, and stay
     tiles = type_tiles(view.support[-1, 0].abs().sum(0), cols=2)            # tiles of 3 x 5: type 1 at the right of the first row
     assert tiles.shape == (7, 11)
     assert np.argwhere(np.nan_to_num(tiles) > 1e-9).tolist() == [[row, 6+col]]
@@ -192,7 +191,7 @@ def test_r2_is_held_out():
     x, f = torch.randn(40, 3, generator=r).double(), torch.randn(40, 1, generator=r).double()
     f = f+x[:, :1]
     A = lambda t: np.column_stack([t, np.ones(len(t))])
-    w = np.linalg.lstsq(A(x[::2]), f[::2], rcond=None)[0]
+    w = np.linalg.lstsq(A(x[::2]), f[::2].numpy(), rcond=None)[0]
     test = f[1::2].numpy()
     want = 1-((test-A(x[1::2])@w)**2).sum()/((test-test.mean())**2).sum()
     assert abs(float(measure_meaning(x, torch.zeros(40, dtype=torch.long), f, "a").r2[0, 0])-want) < 1e-6
@@ -236,7 +235,7 @@ def test_capsule_meaning_takes_the_right_capsule_and_keeps_mistakes():
     sevens = ImageSet(g.x[g.y == 7], g.y[g.y == 7], range(10), g.factors[g.y == 7], g.factor_names)
     one = capsule_meaning(net, sevens)
     assert one.classes == ("7",) and torch.allclose(one.corr[0], m.corr[7], atol=1e-5)
-    for fig in (meaning_figure(m), meaning_figure(m, (7, "3")), r2_figure(m)): save(fig)
+    for fig in (meaning_figure(m), meaning_figure(m, (7, "3"))): save(fig)
 
 
 # Figures for any network
@@ -255,7 +254,7 @@ def test_every_figure_for_any_image(sizes):
     net = small_net(**sizes)
     ds = images(net, 8)
     ev = evaluate(net, ds)
-    k, n = net.cfg.n_classes, 6
+    k = net.cfg.n_classes
     labels = torch.stack([ds.y[:4], (ds.y[:4]+1) % k], 1)
     run = Run(None, net, net.cfg, dict(data=dict(classes=[f"class {c}" for c in range(k)])), [])
     some = right_and_wrong(ev)
@@ -321,7 +320,7 @@ def test_history():
     assert loss_trend([row(k, 1+.01*k) for k in range(6)]).says == "rises"
     t = loss_trend([row(k, 1.+k) for k in range(3)])
     assert t.says == "too few epochs" and math.isnan(t.slope)
-    for n in (1, 3, 60): save(history_figure([row(k, 1/(k+1)) for k in range(n)]))
+    for n in (1, 60): save(history_figure([row(k, 1/(k+1)) for k in range(n)]))
     fig = history_figure(Run(None, None, None, {}, [dict(row(k, 1.), n=500, train_errors=3) for k in range(5)]))
     assert len(fig.axes[1].lines) == 2 and np.allclose(fig.axes[1].lines[0].get_ydata(), .9)
 
@@ -332,13 +331,11 @@ def test_training_figures(tmp_path):
     net = small_net(channels=3)
     data = ImageData("x", images(net, 5), images(net, 30))
     net.train()
-    paths = save_training_figures(net, data, tmp_path/"run")
+    paths = save_training_figures(Run(None, net, net.cfg, {}, []), data, tmp_path/"run")
     assert [p.name for p in paths] == ["reconstructions.png", "dimensions.png", "couplings.png"]
     assert sorted(p.name for p in (tmp_path/"run").iterdir()) == sorted(p.name for p in paths)   # no remains
     assert net.training                                                      # as it was
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in paths)
-    before = [p.read_bytes() for p in paths]
-    assert [p.read_bytes() for p in save_training_figures(Run(None, net, net.cfg, {}, []), data.test, tmp_path/"run")] == before
     (tmp_path/"file").write_text("")
     with pytest.raises(OSError): save_training_figures(net, data, tmp_path/"file")
 
