@@ -75,6 +75,7 @@ def warp(
     old = torch.tensor([2/x.shape[3], 2/x.shape[2]], dtype=A.dtype, device=A.device)  # from pixels to the units of grid_sample
     back = torch.linalg.inv(A)
     theta = torch.cat([old[:, None]*back*(size/2), -old[:, None]*(back @ t[..., None])], 2).float()  # (n, 2, 3)
+    if not len(x): return x.new_zeros(0, x.shape[1], size, size)
     grid = F.affine_grid(theta, (len(x), x.shape[1], size, size), align_corners=False)
     return F.grid_sample(x.float(), grid, align_corners=False).round_().clamp_(0, 255).to(torch.uint8)
 
@@ -107,9 +108,10 @@ def affine_images(
 ) -> Tensor:             # uint8 `(n, c, size, size)`
     "Transform each image at random and put it at a random place, the ink wholly inside."
     if not isinstance(x, Tensor) or x.dtype != torch.uint8 or x.dim() != 4: raise ValueError(f"x={_kind(x)}: must be a uint8 tensor (n, c, h, w)")
+    _check_int("size", size, 1)
     f = affine_factors(len(x), seed) if factors is None else factors
     if f.shape != (len(x), len(RANGES)): raise ValueError(f"factors={_kind(f)}: must be ({len(x)}, {len(RANGES)})")
-    out = [x.new_zeros(0, x.shape[1], size, size)]
+    out = []
     for x, f in zip(x.split(chunk), f.double().to(x.device).split(chunk)):
         A = affine_matrix(f)
         low, high = room(x, A, size)
