@@ -10,7 +10,6 @@ __all__ = ['EFFECTS', 'REACH', 'STEP', 'Moments', 'image_moments', 'dimension_ef
 # %% ../nbs/12_explore.ipynb #imports
 import base64, io, json, math, os, re
 from importlib.resources import files
-from pathlib import Path
 from string import Template
 from typing import NamedTuple
 

@@ -1,13 +1,12 @@
 "The explorer in a real browser, as a page of its own and as the processed page of its notebook: every slider by keyboard, the canvas against torch."
-import base64, importlib.util, json, re, shutil, subprocess, sys
-from configparser import ConfigParser
+import importlib.util, json, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest
 import torch
 from browser import missing
 from capsule_routing.capsnet import CapsConfig, CapsNet
 from capsule_routing.decoder import mask_capsules
-from capsule_routing.explore import dimension_effects, explorer_page, explorer_state, hint
+from capsule_routing.explore import explorer_page, explorer_state
 from capsule_routing.pretrained import PoseSet, first_of_each, pretrained_poses
 
 top = Path(__file__).resolve().parent.parent

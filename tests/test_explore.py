@@ -9,7 +9,7 @@ from capsule_routing.capsnet import CapsConfig, CapsNet
 from capsule_routing.decoder import mask_capsules
 from capsule_routing.explore import (EFFECTS, CapsuleExplorer, decoder_bytes, dimension_effects, explorer_file, explorer_page, explorer_state, hint,
                                      image_moments, image_poses, run_images)
-from capsule_routing.data import ImageSet, load_data
+from capsule_routing.data import ImageSet
 from capsule_routing.pretrained import PoseSet, pretrained_poses
 from capsule_routing.runs import load_run, save_run
 from conftest import TINY_CONFIG
