@@ -74,7 +74,7 @@ def cite(html, paper='https://arxiv.org/abs/1710.09829'):
     def add(m):
         said = re.search(r'\b(Eqs?\.|[Ss]ection|[Ff]igure|Table|Procedure) \d+(\.\d+)*', re.sub('<[^>]+>', '', m['doc']))
         return m[0] if not said else f'{m["link"]}<a href="{paper}" style="float:right; font-size:smaller; margin-right:1em">paper, {said[0]}</a>{m["doc"]}'
-    return re.sub(r'(?P<link><a href="[^"]*"[^>]*>source</a>)(?P<doc></p>\s*<section.*?</pre>(?:(?!<div|<section|</section|<p><a href).)*)', add, html, flags=re.S)
+    return re.sub(r'(?P<link><a href="[^"]*"[^>]*>source</a>)(?P<doc></p>\s*(?:</section>\s*)*<section.*?</pre>(?:(?!<div|<section|</section|<p><a href).)*)', add, html, flags=re.S)
 
 class Loads(HTMLParser):
     "Collects in `urls` what a browser fetches to show a page, and in `links` where its links lead; in `ids` the places that a link can name"

@@ -90,6 +90,6 @@ def test_every_notebook_opens_in_colab():
 def test_api_is_linked_to_the_paper():
     block = """<p><a href="https://h/x.py#L1" style="float:right; font-size:smaller">source</a></p>
 <section id="{0}"><h3>{0}</h3><div><pre>def {0}(<span>s</span>) # {1}</pre></div><p><em>{2}</em></p><div class="cell"><pre># Eq. 9</pre></div></section>"""
-    html = block.format('a','`v` of <b>Eq. 1</b>','') + block.format('b','none','The loss (section 4.1).') + block.format('c','none','Ours alone.')
+    html = '<section>' + block.format('a','`v` of <b>Eq. 1</b>','') + block.format('b','none','The loss (section 4.1).').replace('source</a></p>','source</a></p>\n</section>\n</section>') + block.format('c','none','Ours alone.')
     new = pr.cite(html)
     assert pr.re.findall(r'>source</a>(?:<a href="https://arxiv.org/abs/1710.09829"[^>]*>(.*?)</a>)?', new)==['paper, Eq. 1','paper, section 4.1','']
