@@ -232,7 +232,7 @@ def dimension_figure(
     which = int(lengths(source).argmax()) if which is None else int(which)
     e,s,_,h,w = pics.shape
     cell = min(0.35, 10/e, 6/s)
-    pics = (pics*15).round()/15                                                # sixteen greys look the same here, and the file is half as large
+    pics = (pics*24).round()/24                                                # 25 greys look the same here, and the file is smaller
     fig,((ax,),) = new_figure(1+cell*s*max(1, w/h), 0.7+cell*e*max(1, h/w))
     show_image(ax, rearrange(pics, "e s c h w -> c (e h) (s w)"), f"capsule of {names[which]}, length {lengths(source)[which]:.2f}")
     ax.set_yticks([h*(k+.5)-.5 for k in range(e)], range(e), fontsize=8)
@@ -297,9 +297,9 @@ def couplings_figure(
     r,tiles = len(view.c),[type_tiles(c[0, which]) for c in view.c]
     equal = 1/len(names)
     off = max(np.nanquantile(abs(np.stack(tiles)-equal), 0.995), 1e-6)                     # the colours reach as far as nearly all couplings
-    wide = 2.5*tiles[0].shape[1]/tiles[0].shape[0]
+    wide = min(max(0.9, 2.5*tiles[0].shape[1]/tiles[0].shape[0]), 1.5)
     shown = sorted({round(k*(r-1)/(min(r, 5)-1 or 1)) for k in range(min(r, 5))})          # at most five of the iterations
-    fig,((first,*axes,last),) = new_figure(3.9+max(0.9, wide)*len(shown), 3.1, 1, len(shown)+2, width_ratios=[1.3, *[max(0.9, wide)]*len(shown), 1.9])
+    fig,((first,*axes,last),) = new_figure(3.9+wide*len(shown), 3.1, 1, len(shown)+2, width_ratios=[1.3, *[wide]*len(shown), 1.9])
     show_image(first, x[0], f"class {names[which]}\nlength {view.lengths[-1, 0, which]:.2f}")
     for ax,k in zip(axes, shown):
         im = ax.imshow(tiles[k], cmap="PuOr_r", vmin=equal-off, vmax=equal+off, interpolation="nearest")
@@ -446,7 +446,7 @@ def mistakes_figure(
     "The worst mistakes: target and predicted class over each, with both lengths."
     worst = worst_mistakes(ev, n)
     rows = max(1, math.ceil(len(worst)/cols))
-    fig,axes = new_figure(cols*1.15, (0.5 if title else 0.1)+rows*1.5, rows, cols)
+    fig,axes = new_figure(cols*1.15, (0.6 if title else 0.1)+rows*1.5, rows, cols)
     if title: fig.suptitle(title, fontsize=9)
     for ax in axes.flat: ax.set_axis_off()
     for ax,i in zip(axes.flat, worst.tolist()):

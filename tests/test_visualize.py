@@ -235,7 +235,7 @@ def test_capsule_meaning_takes_the_right_capsule_and_keeps_mistakes():
     sevens = ImageSet(g.x[g.y == 7], g.y[g.y == 7], range(10), g.factors[g.y == 7], g.factor_names)
     one = capsule_meaning(net, sevens)
     assert one.classes == ("7",) and torch.allclose(one.corr[0], m.corr[7], atol=1e-5)
-    for fig in (meaning_figure(m), meaning_figure(m, (7, "3"))): save(fig)
+    save(meaning_figure(m, (7, "3")))
 
 
 # Figures for any network
@@ -255,12 +255,12 @@ def test_every_figure_for_any_image(sizes):
     ds = images(net, 8)
     ev = evaluate(net, ds)
     k = net.cfg.n_classes
-    labels = torch.stack([ds.y[:4], (ds.y[:4]+1) % k], 1)
+    labels = torch.stack([ds.y[:2], (ds.y[:2]+1) % k], 1)
     run = Run(None, net, net.cfg, dict(data=dict(classes=[f"class {c}" for c in range(k)])), [])
-    some = right_and_wrong(ev)
+    some = right_and_wrong(ev, 2, 1)
     for fig in (reconstruction_figure(run, ds.x[some], ds.y[some]), dimension_figure(run, ds.x[0]), couplings_figure(run, ds.x[0]),
-                voters_figure(run, ds.x[0]), lengths_figure(run, ds.x[:3]), overlap_figure(run, ds.x[:4], labels),
-                confusion_figure(confusion_counts(ev, k), ds.classes), mistakes_figure(ev, ds.x, ds.classes),
+                voters_figure(run, ds.x[0]), lengths_figure(run, ds.x[:2]), overlap_figure(run, ds.x[:2], labels),
+                confusion_figure(confusion_counts(ev, k), ds.classes), mistakes_figure(ev, ds.x, ds.classes, cols=2, n=2),
                 prediction_figure(ds.x[:3].float()/255, net(ds.x[:3].float()/255).recon, ["a", "b", "c"])): save(fig)
 
 
@@ -348,7 +348,24 @@ def test_a_figure_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr(fig, "savefig", fails)
     with pytest.raises(RuntimeError): save_figure(fig, path)
     assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["a.png"]
-    for end in ("pdf", "svg", "PNG"): assert save_figure(vis.new_figure(1, 1)[0], tmp_path/f"b.{end}").stat().st_size > 100
+    for end in ("pdf", "svg"): assert save_figure(vis.new_figure(1, 1)[0], tmp_path/f"b.{end}").stat().st_size > 100
+
+
+def test_training_ends_with_the_pictures(trained):
+    names = ["reconstructions.png", "dimensions.png", "couplings.png"]
+    assert all((trained.path/n).read_bytes().startswith(b"\x89PNG") for n in names)
+    line = next(l for l in trained.stdout.splitlines() if l.startswith("pictures"))
+    assert [w.strip() for w in line.removeprefix("pictures").split(",")] == [f"tiny/{n}" for n in names]
+
+
+def test_a_finished_run_survives_its_pictures(tmp_path, capsys):
+    from capsule_routing.commands import _pictures
+    net = small_net()
+    data = ImageData("x", images(net), images(net))
+    (tmp_path/"file").write_text("")
+    assert _pictures(net, data, tmp_path/"file") == [] and _pictures(small_net(decoder=None), data, tmp_path) == []
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 1 and "no pictures" in err[0] and "the run is complete" in err[0]
 
 
 # What is refused
