@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'SCHEDULES', 'RECIPE_NAMES', 'TABLE_NAMES', 'PRECISIONS', 'BENCH_PARTS', 'FREE', 'Refused', 'Rule',
-           'whole', 'above', 'one_of', 'verb_parser', 'given', 'verb', 'run_verb', 'capsule_train', 'confusion_figure',
-           'worst_mistakes', 'mistakes_figure', 'capsule_evaluate', 'prediction_figure', 'capsule_predict',
-           'capsule_bench', 'capsule_reproduce']
+           'whole', 'above', 'one_of', 'verb_parser', 'given', 'verb', 'run_verb', 'capsule_train', 'capsule_evaluate',
+           'capsule_predict', 'capsule_explore', 'capsule_bench', 'capsule_reproduce']
 
 # %% ../nbs/18_commands.ipynb #imports
 import argparse, inspect, math, os, re, shlex, sys, traceback
@@ -38,6 +37,7 @@ class Rule(NamedTuple):
     ok:Callable          # The test: value -> bool
     names:tuple = ()     # The names to choose from, where there are some
     many:bool = False    # Several values, each of which keeps the rule?
+    bare:bool = False    # A word that may be left out, not an option?
 
 def whole(
     lo:int=1,          # Smallest value
@@ -91,6 +91,12 @@ def _unfit(message):
 # %% ../nbs/18_commands.ipynb #spell
 def _spell(name): return "--" + name.replace("_", "-")
 
+def _bare(p, a):
+    "An option turned into a word that may be left out"
+    for s in a.option_strings: p._option_string_actions.pop(s, None)
+    p._optionals._remove_action(a)
+    return p.add_argument(a.dest, nargs="?", metavar=a.dest.upper(), default=argparse.SUPPRESS, help=a.help)
+
 def verb_parser(
     func:Callable, # A function with docments; a `verb` or a plain function
 ) -> argparse.ArgumentParser: # Reads both spellings; its namespace holds only what was given
@@ -102,9 +108,10 @@ def verb_parser(
     for o in ("--pdb", "--xtra"): p._option_string_actions.pop(o, None)
     def error(message): raise _unfit(message)
     p.error = error
-    for a in p._actions:
+    for a in list(p._actions):
         if a.dest not in params: continue
         kind,rule = params[a.dest].annotation,rules.get(a.dest)
+        if rule and rule.bare: a = _bare(p, a)
         a.help = (a.help or "").removesuffix(" (default: False)")
         a.type = None
         if a.option_strings:
@@ -112,7 +119,7 @@ def verb_parser(
             for s in (_spell(a.dest), "--"+a.dest): p._option_string_actions[s] = a
             if kind is not bool: a.metavar = {int:"N", float:"X"}.get(kind, a.dest.split("_")[-1].upper())
             if rule and rule.names: a.metavar = "{" + ",".join(rule.names) + "}"
-        else: a.metavar,a.nargs = (a.dest.upper().removesuffix("S"),"+") if rule and rule.many else (a.dest.upper(),None)
+        elif not (rule and rule.bare): a.metavar,a.nargs = (a.dest.upper().removesuffix("S"),"+") if rule and rule.many else (a.dest.upper(),None)
     p.add_argument("--version", action="version", version=f"%(prog)s of capsule_routing {__version__}")
     return p
 
@@ -181,8 +188,8 @@ def _one_line(text, n=600):
 
 def _about(e, func):
     "The line for an error that is meant for the user, None for one that is not"
-    params = inspect.signature(func).parameters
-    def flag(k): return k.upper().rstrip("S") if params[k].default is inspect.Parameter.empty else _spell(k)
+    params,rules = inspect.signature(func).parameters,getattr(func, "rules", {})
+    def flag(k): return k.upper().rstrip("S") if params[k].default is inspect.Parameter.empty or (k in rules and rules[k].bare) else _spell(k)
     if isinstance(e, Refused):
         if e.arg not in params: return str(e)
         return f"{flag(e.arg)}{'' if e.value in (None, True) else f' {e.value}'}: {e.why}"
@@ -386,7 +393,7 @@ def _launch(world):
     return "" if world == 1 else f"torchrun {f'--nnodes={world//n} ' if n < world else ''}--nproc_per_node={n} --no-python "
 
 # %% ../nbs/18_commands.ipynb #summary
-def _summary(s, data, history, training, path, device, world=1):
+def _summary(s, data, history, training, path, device, world=1, pictures=()):
     "What a run ends with"
     from capsule_routing.training import peak_memory
     r,best = history[-1],min(history, key=lambda r: r["test_errors"])
@@ -401,6 +408,7 @@ def _summary(s, data, history, training, path, device, world=1):
             ("device", f"{device}, {training['precision']}, {training['threads']} thread{'s' if training['threads'] != 1 else ''}"+
                        (f", {world} processes" if world > 1 else "")),
             ("run", str(path)),
+            ("pictures", ", ".join(map(str, pictures))),
             ("repeat", _launch(world)+_command(capsule_train, again, ("out", "resume", "quiet"))),
             ("evaluate", shlex.join(["capsule_evaluate", str(path)]))]
     for k,v in rows:
@@ -489,8 +497,19 @@ def _train(s, rank=0, world=1):
     try: history = fit(net, data, tc, path, s["resume"], device, reporter, extra=dict(settings=keep))
     except Interrupted as e: raise Interrupted(_go_on(e, path, world), e.signum) from None
     finally: reporter.close()
-    if not rank: _summary(s, data, history, read_json(path/CONFIG)["training"], path, device, world)
+    if not rank: _summary(s, data, history, read_json(path/CONFIG)["training"], path, device, world, _pictures(net, data, path))
     return history
+
+# %% ../nbs/18_commands.ipynb #pictures
+def _pictures(net, data, path):
+    "Write the pictures of a finished run; their paths, none where that fails"
+    if net.decoder is None: return []
+    try:
+        from capsule_routing.visualize import save_training_figures
+        return save_training_figures(net, data, path)
+    except Exception as e:
+        print(f"capsule_train: no pictures ({_one_line(e, 200) or type(e).__name__}); the run is complete", file=sys.stderr, flush=True)
+        return []
 
 # %% ../nbs/18_commands.ipynb #announce
 def _announce(s, data, net, path):
@@ -508,95 +527,18 @@ def _go_on(e, path, world):
     command = shlex.join(["capsule_train", "--resume", "--out", str(path)])
     return str(e).removesuffix(", go on with --resume")+f"; go on with: {_launch(world)}{command}"
 
-# %% ../nbs/18_commands.ipynb #figure
-def _figure(w, h, rows=1, cols=1):
-    "A figure that needs no display, and its axes"
-    from matplotlib.figure import Figure
-    fig = Figure(figsize=(w, h), layout="constrained")
-    return fig,fig.subplots(rows, cols, squeeze=False)
-
-# %% ../nbs/18_commands.ipynb #confusion-figure
-def confusion_figure(
-    counts,        # How often target `r` was called `c`, integers `(k, k)`
-    classes:tuple, # The names of the `k` classes
-    title:str="",  # Stands above
-):                 # A matplotlib figure
-    "The confusion matrix, its mistakes coloured and counted."
-    import numpy as np
-    counts = np.asarray(counts)
-    k = len(classes)
-    wrong = counts*(1-np.eye(k, dtype=int))
-    side = min(3+0.35*k, 12)
-    fig,((ax,),) = _figure(side, side)
-    ax.imshow(wrong, cmap="Blues", vmin=0, vmax=max(1, wrong.max()))
-    if k <= 30:
-        for r,c in zip(*counts.nonzero()):
-            dark = wrong[r,c] > 0.6*wrong.max()
-            ax.text(c, r, counts[r,c], ha="center", va="center", fontsize=7, color="grey" if r == c else "white" if dark else "black")
-        ax.set_xticks(range(k), classes, rotation=90 if max(map(len, classes)) > 2 else 0, fontsize=8)
-        ax.set_yticks(range(k), classes, fontsize=8)
-    ax.set(xlabel="predicted class", ylabel="target class", title=title)
-    return fig
-
-# %% ../nbs/18_commands.ipynb #image-for-show
-def _show(ax, x, title=""):
-    "One image `(c, h, w)`, uint8 or in [0, 1]"
-    x = x.movedim(0, -1).cpu()
-    top = 1. if x.is_floating_point() else 255
-    ax.imshow((x[..., 0] if x.shape[-1] != 3 else x).numpy(), cmap="gray", vmin=0, vmax=top, interpolation="nearest")
-    ax.set_title(title, fontsize=8)
-    ax.set_xticks([]); ax.set_yticks([])
-
-# %% ../nbs/18_commands.ipynb #worst-mistakes
-def worst_mistakes(
-    ev,        # An `Evaluation`
-    n:int=24,  # At most so many
-):             # Indices of test images, the worst first
-    "The images whose wrong capsule is longest in comparison with the right one."
-    wrong = (ev.pred != ev.target).nonzero().flatten()
-    gap = ev.lengths[wrong, ev.pred[wrong]]-ev.lengths[wrong, ev.target[wrong]]
-    return wrong[gap.argsort(descending=True, stable=True)[:n]]
-
-# %% ../nbs/18_commands.ipynb #mistakes-figure
-def mistakes_figure(
-    ev,            # An `Evaluation`
-    images,        # The test images it is about, uint8 `(n, c, h, w)`
-    classes:tuple, # The names of the classes
-    title:str="",  # Stands above
-    cols:int=8,    # Pictures in a row
-):                 # A matplotlib figure
-    "The worst mistakes: target and predicted class over each, with both lengths."
-    worst = worst_mistakes(ev)
-    rows = max(1, math.ceil(len(worst)/cols))
-    fig,axes = _figure(cols*1.15, 0.6+rows*1.5, rows, cols)
-    fig.suptitle(title, fontsize=9)
-    for ax in axes.flat: ax.set_axis_off()
-    for ax,i in zip(axes.flat, worst.tolist()):
-        t,p = int(ev.target[i]),int(ev.pred[i])
-        ax.set_axis_on()
-        _show(ax, images[i], f"{classes[t]} {ev.lengths[i,t]:.2f}\n→ {classes[p]} {ev.lengths[i,p]:.2f}")
-    if not len(worst): axes.flat[0].text(0, 0.5, "no mistakes")
-    return fig
-
-# %% ../nbs/18_commands.ipynb #save-figure
-def _save(fig, path):
-    "Write a figure whole or not at all"
-    from io import BytesIO
-    from capsule_routing.runs import write_atomic
-    b = BytesIO()
-    fig.savefig(b, format=path.suffix[1:].lower(), dpi=150)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return write_atomic(path, b.getvalue())
-
 # %% ../nbs/18_commands.ipynb #confusions
-def _confusion(ev, k):
-    "Counts `(k, k)`: rows are targets, columns predictions"
-    return (ev.target.cpu()*k+ev.pred.cpu()).bincount(minlength=k*k).reshape(k, k)
-
 def _commonest(counts, classes, n=5):
     "The commonest mistakes in words"
     pairs = [(int(counts[r,c]), r, c) for r in range(len(classes)) for c in range(len(classes)) if r != c and counts[r,c]]
     return [f"{classes[r]} taken for {classes[c]} ({m})" for m,r,c in sorted(pairs, key=lambda p: (-p[0], p[1], p[2]))[:n]]
+
+# %% ../nbs/18_commands.ipynb #load
+def _load(run, weights):
+    "The run in a folder; or, where there is no such folder, the network in the package that has this name"
+    from capsule_routing.pretrained import PRETRAINED, pretrained_run
+    from capsule_routing.runs import load_run
+    return pretrained_run(run) if run in PRETRAINED and not os.path.lexists(run) else load_run(run, weights)
 
 # %% ../nbs/18_commands.ipynb #capsule-evaluate
 def _device_of(run, no_cuda, precision=None):
@@ -609,7 +551,7 @@ def _device_of(run, no_cuda, precision=None):
 @verb("capsule_evaluate runs/mnist-1", weights=one_of("last", "best"), precision=one_of(*PRECISIONS), batch_size=whole(1, 2**20), run=_a_path,
       **{k: _train_rules[k] for k in ("dataset", "data_dir", "folder", "test_folder", "size", "channels", "out")})
 def capsule_evaluate(
-    run:str,               # Run folder
+    run:str,               # Run folder, or mnist for the network in the package
     weights:str="last",    # The last weights, or the best, which were picked by their test errors
     dataset:str=None,      # Another data set than the run's own
     data_dir:str=None,     # Where downloads are kept
@@ -626,18 +568,18 @@ def capsule_evaluate(
     "Accuracy, error count, confusion matrix and worst mistakes of a run."
     s,named = dict(locals()),given()
     from json import dumps
-    from capsule_routing.runs import load_run
     from capsule_routing.training import evaluate
+    from capsule_routing.visualize import confusion_counts, confusion_figure, mistakes_figure, save_figure
     if out: _check_out(out)
-    r = load_run(run, weights)
+    r = _load(run, weights)
     data = _test_data(r, s, named)
     net,precision = _device_of(r, no_cuda, precision)
     ev = evaluate(net, data.test, batch_size, precision)
-    classes,folder = data.test.classes,Path(out or run)
-    counts = _confusion(ev, len(classes))
+    classes,folder = data.test.classes,Path(out or r.path)
+    counts = confusion_counts(ev, len(classes))
     head = f"{data.name}: {_percent(ev.n_errors, ev.n)}, {ev.n_errors:,} errors of {ev.n:,}"
-    files = [_save(confusion_figure(counts, classes, head), folder/"confusion.png"),
-             _save(mistakes_figure(ev, data.test.x, classes, head+" (target → predicted, with lengths)"), folder/"mistakes.png")]
+    files = [save_figure(confusion_figure(counts, classes, head), folder/"confusion.png"),
+             save_figure(mistakes_figure(ev, data.test.x, classes, head+" (target → predicted, with lengths)"), folder/"mistakes.png")]
     if json: print(dumps(dict(run=str(run), weights=weights, data=data.name, n=ev.n, n_errors=ev.n_errors, accuracy=ev.accuracy, loss=ev.loss,
                               classes=list(classes), confusion=counts.tolist(), pictures=[str(f) for f in files])))
     else: _say_evaluation(r, weights, data, ev, counts, files)
@@ -681,23 +623,6 @@ def _say_evaluation(r, weights, data, ev, counts, files):
     if ev.n_errors: print(f"mistakes  {', '.join(_commonest(counts, data.test.classes))}")
     print(f"pictures  {', '.join(map(str, files))}")
 
-# %% ../nbs/18_commands.ipynb #prediction-figure
-def prediction_figure(
-    x,             # Images, `(n, c, h, w)` in [0, 1]
-    recon,         # Reconstructions, the same shape
-    titles:list,   # One line for each image
-    cols:int=4,    # Pairs in a row
-):                 # A matplotlib figure
-    "Inputs and, to the right of each, its reconstruction."
-    cols = min(cols, len(x))
-    rows = math.ceil(len(x)/cols)
-    fig,axes = _figure(2.6*cols, 1.6*rows, rows, 2*cols)
-    for ax in axes.flat: ax.set_axis_off()
-    for i in range(len(x)):
-        left,right = axes[i//cols, 2*(i%cols):2*(i%cols)+2]
-        for ax,im,t in ((left, x[i], titles[i]), (right, recon[i], "redrawn")): ax.set_axis_on(); _show(ax, im, t)
-    return fig
-
 # %% ../nbs/18_commands.ipynb #say-prediction
 def _bars(lens, classes, width=40):
     "The lengths of all capsules, one line each"
@@ -732,7 +657,7 @@ def _look(net, x, precision, batch=250):
 @verb("capsule_predict runs/mnist-1 seven.png", weights=one_of("last", "best"), precision=one_of(*PRECISIONS), run=_a_path, images=_a_path._replace(many=True),
       out=Rule("the path of a .png, .pdf or .svg file", lambda v: Path(v).suffix.lower() in (".png", ".pdf", ".svg")))
 def capsule_predict(
-    run:str,               # Run folder
+    run:str,               # Run folder, or mnist for the network in the package
     images:str,            # Image file, or several
     weights:str="last",    # The last weights, or the best, which were picked by their test errors
     invert:bool=False,     # Turn dark on light into light on dark
@@ -745,10 +670,10 @@ def capsule_predict(
     from json import dumps
     import torch
     from capsule_routing.data import read_image
-    from capsule_routing.runs import load_run
+    from capsule_routing.visualize import prediction_figure, save_figure
     if not images: raise Refused("needs at least one file", "images")
     if out: _check_out(Path(out).parent)
-    r = load_run(run, weights)
+    r = _load(run, weights)
     c,h,w = r.cfg.image_shape
     if c not in (1, 3): raise Refused(f"its network takes images of {c} channels, image files have 1 or 3", "run", run)
     x = torch.stack([read_image(f, c, h, w, invert) for f in images])  # all of them, before anything is said or written
@@ -759,7 +684,7 @@ def capsule_predict(
     if recon is not None:
         some = slice(100)
         titles = [f"{Path(f).name[:14]}: {classes[b]} {l[b]:.2f}" for f,b,l in zip(images, best, lens)]
-        picture = _save(prediction_figure(x[some].float()/255, recon[some], titles), Path(out or Path(run)/"prediction.png"))
+        picture = save_figure(prediction_figure(x[some].float()/255, recon[some], titles), Path(out or r.path/"prediction.png"))
     found = [dict(image=str(f), **{"class": classes[b]}, length=round(float(l[b]), 4), lengths={k: round(v, 4) for k,v in zip(classes, l.tolist())})
              for f,b,l in zip(images, best, lens)]
     if json: print(dumps(dict(run=str(run), weights=weights, predictions=found, picture=picture and str(picture))))
@@ -774,6 +699,51 @@ def _say_prediction(found, x, lens, classes, picture, r, invert):
         if not invert and _dark_on_light(im): print("  this looks dark on light; if the network learnt light on dark, try --invert")
     if picture is None: print("no reconstruction: the network was trained without --with_reconstruction")
     else: print(f"picture   {picture}"+(" (the first 100)" if len(found) > 100 else ""))
+
+# %% ../nbs/18_commands.ipynb #explore-page
+def _explored(s, named):
+    "The page that the settings ask for, and where it goes"
+    from capsule_routing.explore import explorer_page, image_poses
+    path = Path(s["out"] or Path(s["run"] or "")/"explore.html")
+    if path.is_dir(): raise Refused("is a folder, not a file", "out", str(path))
+    if s["run"] is None:
+        _check_out(path.parent)
+        for k in ("weights", "dataset", "data_dir", "folder", "test_folder", "size", "channels"):
+            if k in named: raise Refused("needs a RUN; the package has its own poses", k, s[k])
+        return path,explorer_page(images=s["images"], title="What a capsule sees: the network in the package")
+    r = _load(s["run"], s["weights"])
+    _check_out(path.parent)
+    if r.net.decoder is None: raise Refused("has no decoder to draw with; train one with --with-reconstruction", "run", s["run"])
+    data = _test_data(r, {**s, "json": False}, named)
+    return path,explorer_page(r.net, image_poses(r.net, data.test, s["images"]), data.test.classes, s["images"], f"What a capsule sees: {r.path.resolve().name}")
+
+# %% ../nbs/18_commands.ipynb #capsule-explore
+@verb("capsule_explore runs/mnist-1 --out sliders.html --no-open", weights=one_of("last", "best"), run=_a_path._replace(bare=True), images=whole(1, 1000),
+      out=Rule("the path of a .html file", lambda v: Path(v).suffix.lower() == ".html"),
+      **{k: _train_rules[k] for k in ("dataset", "data_dir", "folder", "test_folder", "size", "channels")})
+def capsule_explore(
+    run:str=None,          # Run folder; without it the network in the package
+    out:str=None,          # The page, an .html file; without it explore.html in the run folder, or here
+    images:int=20,         # Images of each class to choose from
+    weights:str="last",    # The last weights, or the best, which were picked by their test errors
+    dataset:str=None,      # Another data set than the run's own
+    data_dir:str=None,     # Where downloads are kept
+    folder:str=None,       # Another tree of images than the run's own
+    test_folder:str=None,  # The tree of its test images
+    size:int=None,         # Height and width that the images of --folder are brought to
+    channels:int=None,     # Channels of the images of --folder
+    no_open:bool=False,    # Write the page only; do not open it in the browser
+):
+    "A page with sliders for the numbers of a pose, and the picture that they draw."
+    s,named = dict(locals()),given()
+    import webbrowser
+    from capsule_routing.runs import write_atomic
+    path,page = _explored(s, named)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, page.encode())
+    print(f"page      {path}, {path.stat().st_size/1e6:.1f} MB")
+    if not no_open and not webbrowser.open(path.resolve().as_uri()): print(f"no browser could be started; open {path.resolve().as_uri()}")
+    return path
 
 # %% ../nbs/18_commands.ipynb #bench-helpers
 def _parts(text, cuda):

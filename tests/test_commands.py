@@ -4,10 +4,10 @@ import json, os, shutil
 import pytest
 
 from capsule_routing import commands
-from capsule_routing.commands import Refused, _parse, capsule_bench, capsule_evaluate, capsule_predict, capsule_reproduce, capsule_train, run_verb, verb, verb_parser, whole
+from capsule_routing.commands import Refused, _parse, capsule_bench, capsule_evaluate, capsule_explore, capsule_predict, capsule_reproduce, capsule_train, run_verb, verb, verb_parser, whole
 from conftest import TINY
 
-VERBS = [capsule_train, capsule_evaluate, capsule_predict, capsule_bench, capsule_reproduce]
+VERBS = [capsule_train, capsule_evaluate, capsule_predict, capsule_explore, capsule_bench, capsule_reproduce]
 WELL_KNOWN = ("--batch-size 128 --test-batch-size 1000 --epochs 1 --lr 0.001 --no-cuda --seed 1 --log-interval 10 "
               "--routing_iterations 3 --with_reconstruction").split()
 
@@ -16,18 +16,18 @@ def options(func):
     "Every option of a verb, with a value that it takes (None for a bare flag)"
     import inspect
     for k, p in inspect.signature(func).parameters.items():
-        if p.default is inspect.Parameter.empty: continue
         rule = func.rules.get(k)
+        if p.default is inspect.Parameter.empty or (rule and rule.bare): continue
         if p.annotation is bool: yield k, None, True
         elif rule and rule.names: yield k, rule.names[-1], rule.names[-1]
         elif p.annotation is int: yield k, "3", 3
         elif p.annotation is float: yield k, "0.5", 0.5
         elif k == "decoder_widths": yield k, "16,32", "16,32"
-        else: where = "some/where.json" if rule and rule.says.endswith(".json file") else "some/where.png"; yield k, where, where
+        else: where = f"some/where.{rule.says.split()[-2][1:]}" if rule and rule.says.endswith(" file") else "some/where.png"; yield k, where, where
 
 
 CASES = [(f, k, text, want) for f in VERBS for k, text, want in options(f)]
-WORDS = {capsule_train: [], capsule_bench: [], capsule_evaluate: ["RUN"], capsule_predict: ["RUN", "a.png"], capsule_reproduce: ["table1"]}
+WORDS = {capsule_train: [], capsule_bench: [], capsule_evaluate: ["RUN"], capsule_explore: ["RUN"], capsule_predict: ["RUN", "a.png"], capsule_reproduce: ["table1"]}
 
 
 # -- parsing --
