@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from fastcore.basics import patch
 
 from .baselines import MULTI_BASELINE
 from .capsnet import CapsConfig, CapsNet
@@ -108,36 +109,42 @@ class PairSet:
         plan = pair_plan(self.labels.cpu(), self.n_pairs, self.seed, 0, self.shift)
         return self.labels[torch.stack([plan.first, plan.second], 1).to(self.device)]
 
-    def batches(self,
-        batch_size:int,      # Composites in a global batch
-        seed:int=0,          # Seed of the run
-        epoch:int=0,         # Number of the epoch
-        shift:Optional[int]=None, # Longest shift; None is the width of the margin
-        *,
-        start:int=0,         # First batch to give
-        rank:int=0,          # This process, 0 to `world - 1`
-        world:int=1,         # Processes that share each batch
-    ) -> Iterator[tuple]:    # `x (b, c, h, w)`, classes `(b, 2)`, numbers of the composites `(b,)`, digits alone `(b, 2, c, h, w)`
-        "One epoch of fresh composites."
-        shift = self.shift if shift is None else shift
-        for k, v, low in (("batch_size", batch_size, 1), ("seed", seed, 0), ("epoch", epoch, 0), ("shift", shift, 0), ("start", start, 0), ("rank", rank, 0), ("world", world, 1)): _check_int(k, v, low)
-        if rank >= world: raise ValueError(f"rank={rank}: must be below world={world}")
-        if shift > self.shift: raise ValueError(f"shift={shift}: must be at most {self.shift}, the width of the margin")
-        return self._batches(batch_size, seed, epoch, shift, start, rank, world)
+# %% ../nbs/14_multimnist.ipynb #pair-batches
+@patch
+def batches(self:PairSet,
+    batch_size:int,      # Composites in a global batch
+    seed:int=0,          # Seed of the run
+    epoch:int=0,         # Number of the epoch
+    shift:Optional[int]=None, # Longest shift; None is the width of the margin
+    *,
+    start:int=0,         # First batch to give
+    rank:int=0,          # This process, 0 to `world - 1`
+    world:int=1,         # Processes that share each batch
+) -> Iterator[tuple]:    # `x (b, c, h, w)`, classes `(b, 2)`, numbers of the composites `(b,)`, digits alone `(b, 2, c, h, w)`
+    "One epoch of fresh composites."
+    shift = self.shift if shift is None else shift
+    for k, v, low in (("batch_size", batch_size, 1), ("seed", seed, 0), ("epoch", epoch, 0), ("shift", shift, 0), ("start", start, 0), ("rank", rank, 0), ("world", world, 1)): _check_int(k, v, low)
+    if rank >= world: raise ValueError(f"rank={rank}: must be below world={world}")
+    if shift > self.shift: raise ValueError(f"shift={shift}: must be at most {self.shift}, the width of the margin")
+    return self._batches(batch_size, seed, epoch, shift, start, rank, world)
 
-    def _batches(self, batch_size, seed, epoch, shift, start, rank, world):
-        first, second, shifts = (t.to(self.device) for t in pair_plan(self.labels.cpu(), self.n_pairs, seed, epoch, shift))
-        for low in range(start*batch_size, self.n_pairs, batch_size):
-            m = min(batch_size, self.n_pairs - low)
-            at = slice(low + m*rank//world, low + m*(rank + 1)//world)
-            x, parts = make_pairs(self.x[first[at]], self.x[second[at]], shifts[at], self.shift)
-            yield x, self.labels[torch.stack([first[at], second[at]], 1)], torch.arange(at.start, at.stop, device=self.device), parts
+# %% ../nbs/14_multimnist.ipynb #pair-batches-made
+@patch
+def _batches(self:PairSet, batch_size, seed, epoch, shift, start, rank, world):
+    first, second, shifts = (t.to(self.device) for t in pair_plan(self.labels.cpu(), self.n_pairs, seed, epoch, shift))
+    for low in range(start*batch_size, self.n_pairs, batch_size):
+        m = min(batch_size, self.n_pairs - low)
+        at = slice(low + m*rank//world, low + m*(rank + 1)//world)
+        x, parts = make_pairs(self.x[first[at]], self.x[second[at]], shifts[at], self.shift)
+        yield x, self.labels[torch.stack([first[at], second[at]], 1)], torch.arange(at.start, at.stop, device=self.device), parts
 
-    def eval_batches(self,
-        batch_size:int=1000, # Composites at once
-    ) -> Iterator[tuple]:    # As from `batches`; classes in the order of `y`
-        "The same composites every time, fixed by the set's own seed."
-        return self.batches(batch_size, self.seed, 0)
+# %% ../nbs/14_multimnist.ipynb #pair-eval-batches
+@patch
+def eval_batches(self:PairSet,
+    batch_size:int=1000, # Composites at once
+) -> Iterator[tuple]:    # As from `batches`; classes in the order of `y`
+    "The same composites every time, fixed by the set's own seed."
+    return self.batches(batch_size, self.seed, 0)
 
 # %% ../nbs/14_multimnist.ipynb #multi-capsnet
 MULTI_CAPSNET = CapsConfig(height=36, width=36)   # section 6: the network of MNIST on larger images
