@@ -54,6 +54,7 @@ def open_page(chromium):
         own = own[0] if own else url.split('#')[0] # a page on disk may read nothing but itself
         context = chromium.new_context(viewport=dict(width=width, height=height), device_scale_factor=scale,
                                        color_scheme='dark' if dark else 'light', reduced_motion='reduce', **kw)
+        context.set_default_timeout(90_000) # other work may slow a machine tenfold
         page = context.new_page()
         page.problems = problems = []
         def route(r):

@@ -33,6 +33,7 @@ def test_own_links_become_relative():
 <a href="https://me.github.io/pkgs/">other</a><link rel="canonical" href="https://me.github.io/pkg/runs.html">'''
     new,_ = pr.localise(html, '.', 'https://me.github.io/pkg')
     assert 'href="./runs.html#load_run"' in new and "href='./'" in new
+    assert pr.localise('<p><a href="https://me.github.io/pkg/runs.html#_open"><code>_open</code></a> <a href="#_x">y</a>', '.', 'https://me.github.io/pkg')[0]=='<p><code>_open</code> <a href="#_x">y</a>'
     assert 'https://me.github.io/pkgs/' in new and '"canonical" href="https://me.github.io/pkg/runs.html"' in new
 
 @pytest.mark.parametrize('html', ['<script src="https://a.org/x.js"></script>', '<script defer src=//a.org/x.js></script>',
