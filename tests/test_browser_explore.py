@@ -199,3 +199,12 @@ def test_widget_names_and_hints(mnist, widget_page, serve, open_page):
         page.get_by_label("class", exact=True).select_option(str(kind))
         for d, s in enumerate(handles): assert s.get_attribute("aria-label") == f"dimension {d+1}, {hints[kind][d]}"
         assert page.locator(".capsule-row .widget-label:not(:first-child), .capsule-row > .widget-label").all_inner_texts()[-16:] == hints[kind]
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_widget_fits(widget_page, serve, open_page, width):
+    "Sliders, values and hints stay within the screen"
+    page = open_page(serve(widget_page)+"explore.html", width=width)
+    canvas, handles = shown(page)
+    for box in [canvas.bounding_box(), *(o.bounding_box() for o in page.locator(".capsule-explorer .widget-readout, .capsule-row > .widget-label").all())]:
+        assert box["width"] > 0 and box["x"] >= 0 and box["x"]+box["width"] <= width
+    assert len(handles) == 16
