@@ -231,8 +231,8 @@ def dimension_figure(
     pics = dimension_pictures(net, source, which, offsets)                     # (e, s, c, h, w)
     which = int(lengths(source).argmax()) if which is None else int(which)
     e,s,_,h,w = pics.shape
-    cell = min(0.35, 10/e, 6/s)
-    pics = (pics*24).round()/24                                                # 25 greys look the same here, and the file is smaller
+    cell = min(0.31, 10/e, 6/s)
+    pics = (pics*15).round()/15                                                # 16 greys look the same here, and the file is smaller
     fig,((ax,),) = new_figure(1+cell*s*max(1, w/h), 0.7+cell*e*max(1, h/w))
     show_image(ax, rearrange(pics, "e s c h w -> c (e h) (s w)"), f"capsule of {names[which]}, length {lengths(source)[which]:.2f}")
     ax.set_yticks([h*(k+.5)-.5 for k in range(e)], range(e), fontsize=8)
