@@ -237,7 +237,7 @@ def dimension_figure(
     show_image(ax, rearrange(pics, "e s c h w -> c (e h) (s w)"), f"capsule of {names[which]}, length {lengths(source)[which]:.2f}")
     ax.set_yticks([h*(k+.5)-.5 for k in range(e)], range(e), fontsize=8)
     shown = [k for k in range(s) if s <= 11 or k % math.ceil(s/11) == 0]
-    ax.set_xticks([w*(k+.5)-.5 for k in shown], [f"{offsets[k]:+.2f}" if offsets[k] else "0" for k in shown], fontsize=7)
+    ax.set_xticks([w*(k+.5)-.5 for k in shown], [f"{offsets[k]:+.2f}" if offsets[k] else "0" for k in shown], fontsize=6)
     ax.set(xlabel="added to the dimension", ylabel="dimension")
     for k in range(s):
         if offsets[k] == 0: ax.add_patch(Rectangle((k*w-.5, -.5), w, h*e, fill=False, edgecolor=FIRST, linewidth=1.5))
