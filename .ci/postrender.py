@@ -1,5 +1,5 @@
 "Quarto's step after rendering: scripts are served with the site, taken from npm by the lock `web.json` and from the installed anywidget; each notebook gets its link to Colab."
-import base64,hashlib,json,os,re,subprocess,sys,tarfile,tempfile
+import base64,hashlib,json,os,re,shutil,subprocess,sys,tarfile,tempfile
 from configparser import ConfigParser
 from html.parser import HTMLParser
 from importlib.metadata import files
@@ -14,9 +14,10 @@ answers = {r'\brequire(js)?[\w.-]*\.js':'require.js', r'/jquery[\w.-]*\.js':'jqu
 
 def unpack(name, version, integrity, to):
     "Fetch one package from npm, compare it with the lock, and unpack it into `to`"
-    shell = os.name=='nt' # there npm is a batch file
-    out = subprocess.run(['npm','pack','--json','--silent','--ignore-scripts','--prefer-offline','--pack-destination',str(to),f'{name}@{version}'],
-                         cwd=to, check=True, stdout=subprocess.PIPE, text=True, shell=shell).stdout
+    npm = shutil.which('npm')
+    if not npm: sys.exit('npm is needed to build the site: it brings the scripts of formulas and widgets')
+    out = subprocess.run([npm,'pack','--json','--silent','--ignore-scripts','--prefer-offline','--pack-destination',str(to),f'{name}@{version}'],
+                         cwd=to, check=True, stdout=subprocess.PIPE, text=True).stdout
     tgz = Path(to)/json.loads(out)[0]['filename'].replace('@','').replace('/','-') # old npm says @scope/name
     algo,want = integrity.split('-', 1)
     if base64.b64encode(hashlib.new(algo, tgz.read_bytes()).digest()).decode()!=want: sys.exit(f'{name} {version}: not the package that {here.name}/web.json names')
