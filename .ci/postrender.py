@@ -15,7 +15,7 @@ answers = {r'\brequire(js)?[\w.-]*\.js':'require.js', r'/jquery[\w.-]*\.js':'jqu
 def unpack(name, version, integrity, to):
     "Fetch one package from npm, compare it with the lock, and unpack it into `to`"
     npm = shutil.which('npm')
-    if not npm: sys.exit('npm is needed to build the site: it brings the scripts of formulas and widgets')
+    if not npm: raise FileNotFoundError('npm is needed to build the site: it brings the scripts of formulas and widgets')
     out = subprocess.run([npm,'pack','--json','--silent','--ignore-scripts','--prefer-offline','--pack-destination',str(to),f'{name}@{version}'],
                          cwd=to, check=True, stdout=subprocess.PIPE, text=True).stdout
     tgz = Path(to)/json.loads(out)[0]['filename'].replace('@','').replace('/','-') # old npm says @scope/name
@@ -133,4 +133,6 @@ def main(out):
     if left: sys.exit('still asked of other hosts:\n'+'\n'.join(left))
     print(f"served with the site: {', '.join(sorted(used)) or 'nothing needed'}", file=sys.stderr)
 
-if __name__=='__main__': main(Path(sys.argv[1] if len(sys.argv)>1 else os.environ['QUARTO_PROJECT_OUTPUT_DIR']).resolve())
+if __name__=='__main__':
+    try: main(Path(sys.argv[1] if len(sys.argv)>1 else os.environ['QUARTO_PROJECT_OUTPUT_DIR']).resolve())
+    except (OSError, subprocess.CalledProcessError) as e: sys.exit(f'postrender: {e}')
