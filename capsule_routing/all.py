@@ -10,7 +10,8 @@ __all__ = ['lengths', 'squash', 'votes', 'route', 'RoutingTrace', 'route_factore
            'default_data_dir', 'DataUnavailable', 'Run', 'save_run', 'load_run', 'pick_device', 'TrainConfig', 'lr_at',
            'new_net', 'fit', 'evaluate', 'Evaluation', 'peak_memory', 'Interrupted', 'TrainingDiverged',
            'CheckpointFailed', 'RECIPES', 'BaselineConfig', 'BaselineNet', 'baseline_loss', 'PoseSet',
-           'pretrained_poses', 'pretrained_record', 'get_table', 'run_row', 'read_results', 'table_lines']
+           'pretrained_poses', 'pretrained_record', 'MULTI_CAPSNET', 'PairSet', 'make_pairs', 'pair_data', 'take_apart',
+           'affine_images', 'affine_set', 'placed_set', 'get_table', 'run_row', 'read_results', 'table_lines']
 
 # %% ../nbs/19_all.ipynb #imports
 from .squash import lengths, squash
@@ -28,6 +29,8 @@ from .runs import Run, save_run, load_run
 from .training import (pick_device, TrainConfig, lr_at, new_net, fit, evaluate, Evaluation, peak_memory,
                                       Interrupted, TrainingDiverged, CheckpointFailed, RECIPES)
 from .pretrained import PoseSet, pretrained_poses, pretrained_record
+from .multimnist import MULTI_CAPSNET, PairSet, make_pairs, pair_data, take_apart
+from .affine import affine_images, affine_set, placed_set
 from .results import get_table, run_row, read_results, table_lines
 
 # %% ../nbs/19_all.ipynb #all
@@ -37,4 +40,4 @@ _all_ = ['lengths', 'squash', 'votes', 'route', 'RoutingTrace', 'route_factored'
          'ImageSet', 'ImageData', 'load_data', 'load_folder', 'read_image', 'batches', 'eval_batches', 'shift_images', 'default_data_dir', 'DataUnavailable',
          'Run', 'save_run', 'load_run', 'pick_device', 'TrainConfig', 'lr_at', 'new_net', 'fit', 'evaluate', 'Evaluation', 'peak_memory',
          'Interrupted', 'TrainingDiverged', 'CheckpointFailed', 'RECIPES', 'BaselineConfig', 'BaselineNet', 'baseline_loss',
-         'PoseSet', 'pretrained_poses', 'pretrained_record', 'get_table', 'run_row', 'read_results', 'table_lines']
+         'PoseSet', 'pretrained_poses', 'pretrained_record', 'MULTI_CAPSNET', 'PairSet', 'make_pairs', 'pair_data', 'take_apart', 'affine_images', 'affine_set', 'placed_set', 'get_table', 'run_row', 'read_results', 'table_lines']

@@ -354,6 +354,15 @@ def device_name(
     try: return next(l.split(":")[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if l.startswith("model name"))
     except (OSError, StopIteration): return platform.processor() or platform.machine()
 
+# %% ../nbs/10_training.ipynb #dropping
+@contextmanager
+def _dropping(net, seed, step, rank):
+    "For the length of a `with`, random numbers that depend on seed, step and process alone, if the network drops units."
+    if not any(isinstance(m, nn.Dropout) and m.p > 0 for m in net.modules()): yield; return
+    with torch.random.fork_rng():
+        torch.manual_seed(((seed*1_000_003 + step)*1009 + rank) % 2**63)
+        yield
+
 # %% ../nbs/10_training.ipynb #one-step
 @patch
 def one_step(self:Trainer, x, y, target=None):
@@ -364,7 +373,7 @@ def one_step(self:Trainer, x, y, target=None):
     whole = min(c.batch_size, len(self.train_set) - self.step*c.batch_size)   # images of all processes
     if target is None: target = x                                              # what the decoder should draw
     if n == 0: x, y, target = (t.new_zeros(1, *t.shape[1:]) for t in (x, y, target)) # no share: take part with weight zero
-    with _autocast(c.precision, self.device): out = self.model(_layout(x), y)
+    with _autocast(c.precision, self.device), _dropping(self.net, c.seed, self.global_step, self.rank): out = self.model(_layout(x), y)
     losses = _losses(out, target, y, c.recon_weight)
     self.opt.zero_grad(set_to_none=True)
     (losses[0] if self.world == 1 else losses[0]*(n*self.world/whole)).backward()

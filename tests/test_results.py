@@ -19,6 +19,7 @@ from capsule_routing.training import RECIPES, TrainConfig, evaluate, lr_at
 from conftest import TINY_CONFIG
 
 ROW = Row("tiny", "a tiny one", CapsConfig(**TINY_CONFIG), {"error": "1.0"})
+BASE = Row("base", "a baseline, with dropout", BaselineConfig(convs=((4, 5),), pool=True, units=(8,)))
 TOY = Table("toy", "Toy", "nowhere", (ROW,), lambda data_dir=None, limit=None, dataset=None: load_data("glyphs", limit=limit))
 KW = dict(epochs=3, limit=200, batch_size=32, lr=3e-3, device=torch.device("cpu"))
 timeless = lambda r: {k: v for k, v in r.items() if k not in ("seconds", "sessions", "history")} | {"history": [{k: v for k, v in h.items() if "second" not in k} for h in r["history"]]}
@@ -60,8 +61,8 @@ class Stop:
 
 
 @pytest.mark.parametrize("recipe", ["paper", "fast"])
-@pytest.mark.parametrize("at", [1, 7, 8, 15])
-def test_an_interrupted_row_ends_as_the_whole_one(tmp_path, at, recipe):
+@pytest.mark.parametrize("at,ROW", [(1, ROW), (7, ROW), (8, ROW), (15, ROW), (9, BASE)])
+def test_an_interrupted_row_ends_as_the_whole_one(tmp_path, at, recipe, ROW):
     whole = run_row(TOY, ROW, 3, tmp_path/"whole", recipe, **KW)
     with pytest.raises(KeyboardInterrupt): run_row(TOY, ROW, 3, tmp_path/"parts", recipe, reporter=Stop(at), checkpoint_steps=1, **KW)
     assert not list((tmp_path/"parts"/"toy").glob("*.json"))
