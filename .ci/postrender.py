@@ -59,6 +59,7 @@ def localise(html, root='.', site=None):
     html = re.sub(r'''<(?:script|link)\b[^>]*?\s(?:src|href)=["'](?P<url>(?:https?:)?//[^"']+)["'][^>]*>(?:</script>)?''', tag, html)
     if site: # nbdev links names in prose to our address; private names have no place there
         html = re.sub(rf'<a\b[^>]*?\shref=["\']{re.escape(site)}/[\w.-]+#_\w*["\'][^>]*>(.*?)</a>', r'\1', html, flags=re.S)
+        html = re.sub(rf'\[(`[^`\]]+`)\]\({re.escape(site)}/[^)\s]*\)', r'\1', html) # nor has Markdown in a signature's comments
         html = re.sub(rf'(<a\b[^>]*?\shref=["\']){re.escape(site)}(?:/|(?=["\'#]))', rf'\1{root}/', html)
     return html,used
 

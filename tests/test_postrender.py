@@ -34,6 +34,7 @@ def test_own_links_become_relative():
     new,_ = pr.localise(html, '.', 'https://me.github.io/pkg')
     assert 'href="./runs.html#load_run"' in new and "href='./'" in new
     assert pr.localise('<p><a href="https://me.github.io/pkg/runs.html#_open"><code>_open</code></a> <a href="#_x">y</a>', '.', 'https://me.github.io/pkg')[0]=='<p><code>_open</code> <a href="#_x">y</a>'
+    assert pr.localise('<pre># A [`Run`](https://me.github.io/pkg/runs.html#run) or</pre>', '.', 'https://me.github.io/pkg')[0]=='<pre># A `Run` or</pre>'
     assert 'https://me.github.io/pkgs/' in new and '"canonical" href="https://me.github.io/pkg/runs.html"' in new
 
 @pytest.mark.parametrize('html', ['<script src="https://a.org/x.js"></script>', '<script defer src=//a.org/x.js></script>',
