@@ -127,7 +127,7 @@ SEEN = """() => {
   }
   return [...new Set(faint)];
 }"""
-IMAGES = """() => [...document.querySelectorAll('main img')].map(i => [i.getAttribute('src').slice(0, 80), i.getAttribute('alt') || '', i.naturalWidth, i.clientWidth, i.complete])"""
+IMAGES = """() => [...document.querySelectorAll('main img')].map(i => [i.getAttribute('src').slice(0, 80), i.getAttribute('alt') || '', i.naturalWidth, i.getBoundingClientRect().width, i.complete])"""
 SPILL = """() => { const w = innerWidth; if (document.documentElement.scrollWidth <= w) return [];
   return ['page is ' + document.documentElement.scrollWidth + ' wide', ...[...document.querySelectorAll('main *')].filter(e => e.getBoundingClientRect().right > w+1).slice(0, 5).map(e => e.tagName + '.' + e.className)] }"""
 
