@@ -31,9 +31,14 @@ def test_every_link_derives_from_user():
     assert f"/{cfg['user']}/" in cfg['git_url'] and cfg['user'] in cfg['doc_host']
     raw = (top/'settings.ini').read_text()
     assert len([o for o in raw.splitlines() if not o.startswith('#') and re.search(rf"\b{cfg['user']}\b", o)])==1
-    files = [top/'_quarto.yml', *(top/'.github').rglob('*.yaml'), *notebooks]
-    bad = [p.name for p in files if re.search(rf"\b{cfg['user']}\b", p.read_text(encoding='utf-8'))]
-    assert not bad
+    texts = {p.name:p.read_text(encoding='utf-8') for p in [top/'_quarto.yml', *(top/'.github').rglob('*.yaml')]}
+    # Colab's cell needs the address: .ci/colab.py writes it
+    texts |= {p.name:'\n'.join(c.source for c in nbformat.read(p, 4).cells if c.id!='colab') for p in notebooks}
+    assert not [k for k,v in texts.items() if re.search(rf"\b{cfg['user']}\b", v)]
+
+def test_every_notebook_has_its_cell_for_colab():
+    res = subprocess.run([sys.executable, '.ci/colab.py', '--check'], cwd=top, capture_output=True, text=True)
+    assert res.returncode==0, res.stdout+res.stderr
 
 def test_workflows_use_the_pins():
     for p in (top/'.github/workflows').glob('*.yaml'):
