@@ -1,5 +1,5 @@
 "The package as a user gets it: fresh processes, the checkout's own modules, and a wheel in an environment of its own."
-import ast,os,re,shutil,subprocess,sys,sysconfig,zipfile
+import ast,json,os,re,shutil,subprocess,sys,sysconfig,zipfile
 from configparser import ConfigParser
 from pathlib import Path
 import pytest

@@ -1,8 +1,7 @@
 "Tables of the paper, their runs and files, and the network in the package."
-import hashlib, json, math, os, shutil, statistics
+import hashlib, json, math, os, shutil
 from dataclasses import replace
 from importlib.resources import files
-from pathlib import Path
 
 import pytest
 import torch
