@@ -12,7 +12,7 @@ def row(run):
     config,history = (json.loads((Path(run)/f).read_text()) for f in ('config.json', 'history.json'))
     t,last = config['training'],history[-1]
     if last['epoch'] != t['epochs']: raise SystemExit(f"{run}: ended after {last['epoch']} of {t['epochs']} epochs")
-    same = dict(dataset=config['data']['name'], n_train=config['data']['n_train'], network=config['network'], device=f"{machine()['device'] if config['device'] == 'cpu' else config['device']}, {t['threads']} threads",
+    same = dict(dataset=config['data']['name'], n_train=config['data']['n_train'], network=config['network'], device=f"{machine()['device'] if config['device'] == 'cpu' else config['device']}, {t['threads']} thread{'s' if t['threads'] != 1 else ''}",
                 versions=config['versions'], training={k: v for k,v in t.items() if k not in ('seed', 'log_interval')})
     mine = dict(seed=t['seed'], n=last['test_n'], n_errors=last['test_errors'], epoch=last['epoch'],
                 seconds=round(sum(h['seconds'] for h in history), 1), history=history)
