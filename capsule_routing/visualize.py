@@ -41,7 +41,7 @@ class Picture(Figure):
     def _repr_png_(self):
         w,h = self.get_size_inches()
         b = BytesIO()
-        Image.open(BytesIO(_png(self, 144))).convert("RGB").quantize(255).save(b, "png", optimize=True)  # sharp, and half as heavy
+        Image.open(BytesIO(_png(self, 144))).convert("RGB").quantize(96).save(b, "png", optimize=True)  # sharp, and half as heavy
         return b.getvalue(),dict(width=int(w*72), height=int(h*72))
 
 def _png(fig, dpi, format="png"):
