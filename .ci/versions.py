@@ -66,11 +66,15 @@ def env(python):
     return keep | dict(OMP_NUM_THREADS='1', MPLBACKEND='agg', PATH=f'{python.parent}{os.pathsep}{os.environ["PATH"]}')
 
 def suite(python, args):
-    "Run pytest; its last line, and whether all passed"
-    p = run(python, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', *args, cwd=top, env=env(python), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    if p.returncode: print(p.stdout)
-    lines = [o for o in p.stdout.splitlines() if re.search(r'\d+ (passed|failed|error)', o)]
-    return (lines[-1].strip('= ') if lines else f'exit code {p.returncode}'), p.returncode==0
+    "Run pytest, its output shown as it comes; its last line, and whether all passed"
+    p = subprocess.Popen([str(o) for o in (python, '-m', 'pytest', '-p', 'no:cacheprovider', *args)], cwd=top, env=env(python)|dict(PYTHONUNBUFFERED='1'),
+                         text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    last = ''
+    for line in p.stdout:
+        print(line, end='', flush=True)
+        if re.search(r'\d+ (passed|failed|error)', line): last = line.strip().strip('= ')
+    p.wait()
+    return last or f'exit code {p.returncode}', p.returncode==0
 
 def package(python):
     "Import and train without nbdev, outside the checkout; what it said, and whether it worked"
