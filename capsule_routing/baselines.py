@@ -6,17 +6,18 @@
 __all__ = ['MULTI_BASELINE', 'BaselineConfig', 'BaselineOut', 'BaselineNet', 'baseline_loss']
 
 # %% ../nbs/06b_baselines.ipynb #imports
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .capsnet import _Sizes
 from .layers import check_float, check_size, full_precision
 
 # %% ../nbs/06b_baselines.ipynb #baseline-config
 @dataclass(frozen=True)
-class BaselineConfig:
+class BaselineConfig(_Sizes):
     "The sizes of a convolutional network; the defaults are the paper's for MNIST."
     channels:int=1               # Channels of an image
     height:int=28                # Rows of an image, in pixels
@@ -44,29 +45,12 @@ class BaselineConfig:
         if min(self.grid) < 1: raise ValueError(f"an image of {self.height}x{self.width} is too small to be halved {len(self.convs)} times")
 
     @property
-    def image_shape(self) -> tuple:
-        "Channels, height, width."
-        return self.channels,self.height,self.width
-
-    @property
     def grid(self) -> tuple:
         "Rows and columns after the last convolution."
         return tuple(n >> len(self.convs) if self.pool else n for n in (self.height, self.width))
 
     @property
     def decoder(self): return None   # it redraws nothing
-
-    def to_dict(self) -> dict:
-        "Plain values, ready for JSON."
-        return {**asdict(self), "convs": [list(c) for c in self.convs], "units": list(self.units)}
-
-    @classmethod
-    def from_dict(cls,
-        d:dict, # As `to_dict` made it
-    ):
-        "The config that `to_dict` wrote."
-        if unknown := [k for k in d if k not in {f.name for f in fields(cls)}]: raise ValueError(f"unknown size {unknown[0]!r} in the config of a baseline")
-        return cls(**d)
 
 # %% ../nbs/06b_baselines.ipynb #baseline-out
 class BaselineOut(NamedTuple):

@@ -6,7 +6,7 @@
 __all__ = ['CapsConfig', 'CapsOut', 'CapsNet', 'count_params']
 
 # %% ../nbs/06_capsnet.ipynb #imports
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import NamedTuple
 import torch
@@ -16,9 +16,36 @@ from .layers import PrimaryCaps, RoutedCaps, check_float, check_size
 from .losses import can_look
 from .decoder import Decoder, mask_capsules
 
+# %% ../nbs/06_capsnet.ipynb #sizes-of-all
+def _plain(v): return [_plain(o) for o in v] if isinstance(v, (tuple,list)) else v
+
+class _Sizes:
+    "What the sizes of every network can do."
+    @property
+    def image_shape(self) -> tuple:
+        "Channels, height, width."
+        return self.channels,self.height,self.width
+
+    def to_dict(self) -> dict:
+        "Plain values, ready for JSON."
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+
+    @classmethod
+    def from_dict(cls,
+        d:dict, # As `to_dict` made it; missing sizes are the paper's
+    ):
+        "The config that `to_dict` wrote."
+        if not isinstance(d, dict): raise TypeError(f"a config must be a dict, got {type(d).__name__}")
+        names = [f.name for f in fields(cls)]
+        for k in d:
+            if k in names: continue
+            near = get_close_matches(str(k), names, 1)
+            raise ValueError(f"unknown size {k!r} in the config" + (f": did you mean {near[0]!r}?" if near else f": known are {', '.join(names)}"))
+        return cls(**d)
+
 # %% ../nbs/06_capsnet.ipynb #caps-config
 @dataclass(frozen=True)
-class CapsConfig:
+class CapsConfig(_Sizes):
     "The sizes of a capsule network; the defaults are the paper's."
     channels:int=1               # Channels of an image
     height:int=28                # Rows of an image, in pixels
@@ -48,11 +75,6 @@ class CapsConfig:
                              f"height and width must be at least {least}")
 
     @property
-    def image_shape(self) -> tuple:
-        "Channels, height, width."
-        return self.channels,self.height,self.width
-
-    @property
     def grid(self) -> tuple:
         "Rows and columns of primary locations."
         return tuple((n-2*self.kernel+1)//2+1 for n in (self.height, self.width))
@@ -61,23 +83,6 @@ class CapsConfig:
     def n_primary(self) -> int:
         "Primary capsules, `i`."
         return self.n_types*self.grid[0]*self.grid[1]
-
-    def to_dict(self) -> dict:
-        "Plain values, ready for JSON."
-        return {k: list(v) if isinstance(v, tuple) else v for k,v in asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls,
-        d:dict, # As `to_dict` made it; missing sizes are the paper's
-    ):
-        "The config that `to_dict` wrote."
-        if not isinstance(d, dict): raise TypeError(f"a config must be a dict, got {type(d).__name__}")
-        names = [f.name for f in fields(cls)]
-        for k in d:
-            if k in names: continue
-            near = get_close_matches(str(k), names, 1)
-            raise ValueError(f"unknown size {k!r} in the config" + (f": did you mean {near[0]!r}?" if near else f": known are {', '.join(names)}"))
-        return cls(**d)
 
 # %% ../nbs/06_capsnet.ipynb #caps-out
 class CapsOut(NamedTuple):

@@ -142,6 +142,14 @@ def _which(net, which, name="which"):
     if not 0 <= int(which) < k: raise ValueError(f"{name} must be a class from 0 to {k-1}, got {int(which)}")
     return int(which)
 
+# %% ../nbs/11_visualize.ipynb #one-row
+def _one_row(net, classes, images):
+    "Network, names of its classes, decoder, and the images of a figure with a column for each"
+    names,net = _names(net, classes),_net(net)
+    decoder,x = _decoder(net),_images(net, images)
+    if len(x) > 16: raise ValueError(f"images must be at most 16, to be seen in one row; got {len(x)}")
+    return net,names,decoder,x
+
 # %% ../nbs/11_visualize.ipynb #reconstruction-figure
 def reconstruction_figure(
     net,            # A `CapsNet` with a decoder, or a `Run`
@@ -150,9 +158,7 @@ def reconstruction_figure(
     classes=None,   # Names of the classes
 ) -> Figure:        # A column for each image
     "Inputs, and below each what the target's capsule redraws and, if another won, what that one redraws (the paper's figure 3)."
-    names,net = _names(net, classes),_net(net)
-    decoder,x = _decoder(net),_images(net, images)
-    if len(x) > 16: raise ValueError(f"images must be at most 16, to be seen in one row; got {len(x)}")
+    net,names,decoder,x = _one_row(net, classes, images)
     target = torch.as_tensor(target, device=x.device)
     check_classes("target", target, len(x), len(names))
     with torch.no_grad():
@@ -547,9 +553,7 @@ def overlap_figure(
     which=None,     # Capsules to draw from, `(n, 2)`; None takes the two longest
 ) -> Figure:        # A column for each image
     "Two overlapping things taken apart (the paper's figure 5)."
-    names,net = _names(net, classes),_net(net)
-    decoder,x = _decoder(net),_images(net, images)
-    if len(x) > 16: raise ValueError(f"images must be at most 16, to be seen in one row; got {len(x)}")
+    net,names,decoder,x = _one_row(net, classes, images)
     labels = torch.as_tensor(labels, device=x.device)
     if labels.shape != (len(x), 2): raise ValueError(f"labels must be ({len(x)}, 2), got {tuple(labels.shape)}")
     for k in range(2): check_classes("labels", labels[:, k].contiguous(), len(x), len(names))

@@ -52,6 +52,19 @@ def colour():
     return net, ps, Torch(net, ps)
 
 
+def all_by_keyboard(page, canvas, sliders, decode):
+    "Move each slider by its arrow keys, the image with it; the values that they end at"
+    assert len(sliders) == 16
+    added = [0.]*16
+    agrees(canvas, decode(0, 0, added))
+    for d, s in enumerate(sliders):
+        s.focus()
+        for _ in range(1 + d % 5): page.keyboard.press("ArrowRight" if d % 3 else "ArrowLeft")
+        added[d] = 0.05*(1 + d % 5)*(1 if d % 3 else -1)
+        assert s.get_attribute("aria-valuetext") == f"{added[d]:+.2f}".replace("-", "−")
+        agrees(canvas, decode(0, 0, added))
+    return added
+
 # The page of its own
 
 def on_disk(tmp_path, *args, **kw):
@@ -63,15 +76,7 @@ def test_page_all_sliders_by_keyboard(mnist, open_page, tmp_path):
     net, ps, decode = mnist
     page = open_page(on_disk(tmp_path, net, ps))
     canvas, sliders = page.locator("canvas"), page.get_by_role("slider").all()
-    assert len(sliders) == 16
-    added = [0.]*16
-    agrees(canvas, decode(0, 0, added))
-    for d, s in enumerate(sliders):
-        s.focus()
-        for _ in range(1 + d % 5): page.keyboard.press("ArrowRight" if d % 3 else "ArrowLeft")
-        added[d] = 0.05*(1 + d % 5)*(1 if d % 3 else -1)
-        assert s.get_attribute("aria-valuetext") == f"{added[d]:+.2f}".replace("-", "−")
-        agrees(canvas, decode(0, 0, added))
+    added = all_by_keyboard(page, canvas, sliders, decode)
     page.keyboard.press("End"); added[15] = 0.25
     agrees(canvas, decode(0, 0, added))
     page.get_by_label("class", exact=True).select_option("7"); agrees(canvas, decode(7, 0, added))
@@ -174,15 +179,7 @@ def test_widget_all_sliders_by_keyboard(mnist, widget_page, serve, open_page):
     net, ps, decode = mnist
     page = open_page(serve(widget_page)+"explore.html")
     canvas, handles = shown(page)
-    assert len(handles) == 16
-    added = [0.]*16
-    agrees(canvas, decode(0, 0, added))
-    for d, s in enumerate(handles):
-        s.focus()
-        for _ in range(1 + d % 5): page.keyboard.press("ArrowRight" if d % 3 else "ArrowLeft")
-        added[d] = 0.05*(1 + d % 5)*(1 if d % 3 else -1)
-        assert s.get_attribute("aria-valuetext") == f"{added[d]:+.2f}".replace("-", "−")
-        agrees(canvas, decode(0, 0, added))
+    added = all_by_keyboard(page, canvas, handles, decode)
     kind, image = page.get_by_label("class", exact=True), page.get_by_label("image", exact=True)
     kind.select_option("7"); agrees(canvas, decode(7, 0, added))
     image.select_option("4"); agrees(canvas, decode(7, 3, added))
