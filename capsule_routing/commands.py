@@ -273,7 +273,7 @@ _train_rules = dict(
     batch_size=whole(1, 2**20), test_batch_size=whole(1, 2**20), lr=above(0), shift=whole(0, 1000), seed=whole(0, 2**63-1),
     recon_weight=above(0, equal=True), routing_iterations=whole(1, 1000), kernel=whole(1, 99), conv_channels=_size, primary_types=_size,
     primary_size=_size, class_size=_size, threads=whole(1, 1024), log_interval=whole(), checkpoint_minutes=above(0),
-    checkpoint_steps=whole(), decay_steps=whole(),
+    checkpoint_steps=whole(), decay_steps=whole(), warmup=whole(0),
     average=Rule("a number from 0 to below 1", lambda v: isinstance(v, (int,float)) and 0 <= v < 1),
     decoder_widths=Rule("whole numbers with commas between, as 512,1024", lambda v: bool(re.fullmatch(r"[1-9]\d{0,4}(,[1-9]\d{0,4}){0,9}", v))))
 
@@ -433,6 +433,7 @@ def capsule_train(
     lr:float=0.001,                  # Adam's learning rate
     schedule:str="paper",            # How the rate changes; paper multiplies it by 0.96 every --decay-steps
     decay_steps:int=2000,            # Steps for the schedule paper
+    warmup:int=0,                    # Steps over which the rate first rises; 50 help images above 28x28
     average:float=0.,                # Decay of averaged weights; 0 for none, 0.998 in the recipe fast
     shift:int=2,                     # Largest random shift of a training image, in pixels
     routing_iterations:int=3,        # Routing iterations

@@ -81,6 +81,7 @@ class TrainConfig:
     lr:float=1e-3
     schedule:str="paper"
     decay_steps:int=2000
+    warmup:int=0
     average:float=0.
     stop_at:Optional[float]=None
     shift:int=2
@@ -107,6 +108,7 @@ def _check_settings(c):
     number = lambda v: type(v) in (int, float) and math.isfinite(v)
     for k in ("epochs", "batch_size", "test_batch_size", "decay_steps", "log_interval"): need(whole(getattr(c, k), 1), k, "a whole number, 1 or more")
     for k in ("threads", "checkpoint_steps"): need(getattr(c, k) is None or whole(getattr(c, k), 1, 2**31 if k != "threads" else 4096), k, "a whole number, 1 or more, or None")
+    need(whole(c.warmup, 0), "warmup", "a whole number of steps, 0 or more")
     need(whole(c.shift, 0, 1000), "shift", "a whole number of pixels, 0 or more")
     need(whole(c.seed, 0, 2**63-1), "seed", "a whole number, 0 or more")
     need(number(c.lr) and c.lr > 0, "lr", "a finite number above 0")
@@ -120,14 +122,15 @@ def _check_settings(c):
 # %% ../nbs/10_training.ipynb #lr-at
 def lr_at(
     step:int,            # Steps done since the beginning of the run
-    cfg:TrainConfig,     # `lr`, `schedule`, `decay_steps`, `epochs`
+    cfg:TrainConfig,     # `lr`, `schedule`, `decay_steps`, `warmup`, `epochs`
     steps_per_epoch:int, # For `one_cycle`, which needs the length of the run
 ) -> float:              # The rate of the next step
     "The learning rate, from the step alone."
-    if cfg.schedule == "constant": return cfg.lr
-    if cfg.schedule == "paper": return max(cfg.lr*0.96**(step/cfg.decay_steps), min(cfg.lr, 1e-6))
+    rise = min(1., (step + 1)/cfg.warmup) if cfg.warmup else 1.
+    if cfg.schedule == "constant": return rise*cfg.lr
+    if cfg.schedule == "paper": return rise*max(cfg.lr*0.96**(step/cfg.decay_steps), min(cfg.lr, 1e-6))
     t = (step + 1)/(cfg.epochs*steps_per_epoch)
-    return cfg.lr*(t/0.2 if t < 0.2 else (1 + math.cos(math.pi*min(1., (t - 0.2)/0.8)))/2)
+    return rise*cfg.lr*(t/0.2 if t < 0.2 else (1 + math.cos(math.pi*min(1., (t - 0.2)/0.8)))/2)
 
 # %% ../nbs/10_training.ipynb #recipes
 RECIPES = dict(paper={}, fast=dict(epochs=12, lr=2e-3, schedule="one_cycle", average=0.998))

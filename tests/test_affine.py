@@ -171,7 +171,7 @@ def test_the_networks_are_of_one_size():
 def test_the_table_is_the_papers():
     t = get_table("affnist")
     assert {r.name: r.paper for r in t.rows} == {"baseline": {"placed": "99.22", "affine": "66"}, "r3-recon": {"placed": "99.23", "affine": "79"}}
-    assert t.train == dict(shift=6, stop_at=0.992)
+    assert t.train == dict(shift=6, stop_at=0.992, warmup=50)
     assert table_lines(t, []).count("not run") == 4
 
 

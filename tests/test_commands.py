@@ -101,6 +101,7 @@ def test_every_option_is_explained():
     (["--decoder-widths", "a,b"], "capsule_train: --decoder-widths a,b: must be"),
     (["--checkpoint-minutes", "0"], "capsule_train: --checkpoint-minutes 0: must be"),
     (["--checkpoint_steps", "0"], "capsule_train: --checkpoint-steps 0: must be a whole number, 1 or more"),
+    (["--warmup", "-1"], "capsule_train: --warmup -1: must be a whole number, 0 or more"),
     (["--decay-steps", "0"], "capsule_train: --decay-steps 0: must be a whole number, 1 or more"),
 ])
 def test_bad_options_are_one_line(args, line, capsys, tmp_path, monkeypatch):

@@ -181,7 +181,7 @@ def test_the_order_of_the_two_does_not_matter_to_the_loss(data):
 def test_the_table_is_the_papers():
     t = get_table("multimnist")
     assert {r.name: r.paper["error"] for r in t.rows} == {"baseline": "8.1", "r1-recon": "7.5", "r3-recon": "5.2"}
-    assert t.train == dict(shift=4, decay_steps=20_000)
+    assert t.train == dict(shift=4, decay_steps=20_000, warmup=50)
     caps = [r.network for r in t.rows[1:]]
     assert [c.n_iters for c in caps] == [1, 3] and replace(caps[0], n_iters=3) == caps[1] == MULTI_CAPSNET
     text = table_lines(t, [])
@@ -203,6 +203,6 @@ def test_a_small_table_is_run_and_read(data, tmp_path):
         got = run_row(t, row, 1, tmp_path, data=data, epochs=1, batch_size=32, device=torch.device("cpu"))
         assert set(got["metrics"]) == {"error", "digit"}
         assert got["metrics"]["error"]/2 - 1e-6 <= got["metrics"]["digit"] <= got["metrics"]["error"]
-        assert got["training"]["shift"] == 4 and got["training"]["decay_steps"] == 20_000 and got["n"] == 150
+        assert got["training"]["shift"] == 4 and got["training"]["decay_steps"] == 20_000 and got["training"]["warmup"] == 50 and got["n"] == 150
     text = table_lines(t, read_results("multimnist", tmp_path))
     assert "not run" not in text and "5.2" in text

@@ -137,6 +137,14 @@ def test_paper_schedule():
     assert lr_at(20000, replace(c, decay_steps=20000), 1) == pytest.approx(0.96e-3)
 
 
+def test_warm_up():
+    "The first rates rise in a straight line to what the schedule says then; none without it"
+    for schedule in training.SCHEDULES:
+        c = TrainConfig(schedule=schedule, epochs=3)
+        for t in range(60): assert lr_at(t, replace(c, warmup=40), 100) == pytest.approx(min(1, (t + 1)/40)*lr_at(t, c, 100), rel=1e-12)
+    assert TrainConfig().warmup == 0 and lr_at(0, replace(TrainConfig(), warmup=1), 469) == 1e-3
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 5000), st.sampled_from(training.SCHEDULES), st.integers(1, 9), st.integers(1, 500))
 def test_every_rate_is_between_nought_and_lr(t, schedule, epochs, steps):
@@ -329,7 +337,7 @@ def test_threads_are_used_and_given_back(data):
 
 
 @pytest.mark.parametrize("change", [dict(lr=0.01), dict(batch_size=4), dict(seed=2), dict(shift=1), dict(recon_weight=0.1), dict(schedule="constant"),
-                                    dict(decay_steps=5), dict(precision="bf16"), dict(deterministic=True)], ids=str)
+                                    dict(decay_steps=5), dict(warmup=3), dict(precision="bf16"), dict(deterministic=True)], ids=str)
 def test_other_mathematics_is_refused_on_resume(data, whole, change):
     (k, v), = change.items()
     with pytest.raises(ValueError) as e: train(data, whole[0], replace(CFG, epochs=3, **change), resume=True)
@@ -482,7 +490,7 @@ def test_the_loss_is_looked_at_only_at_intervals(data, monkeypatch):
 @pytest.mark.parametrize("bad", [dict(epochs=0), dict(epochs=1.5), dict(epochs=True), dict(batch_size=-1), dict(lr=0), dict(lr=float("inf")), dict(lr="x"),
                                  dict(schedule="papers"), dict(seed=-1), dict(shift=-2), dict(recon_weight=-1), dict(recon_weight=float("nan")),
                                  dict(precision="fp16"), dict(threads=0), dict(log_interval=0), dict(checkpoint_minutes=0), dict(checkpoint_steps=0),
-                                 dict(deterministic=1), dict(compile="yes"), dict(test_batch_size=None), dict(decay_steps=0)], ids=str)
+                                 dict(deterministic=1), dict(compile="yes"), dict(test_batch_size=None), dict(decay_steps=0), dict(warmup=-1), dict(warmup=2.)], ids=str)
 def test_bad_settings(bad):
     (k, v), = bad.items()
     with pytest.raises(ValueError) as e: TrainConfig(**bad)
