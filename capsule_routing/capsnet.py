@@ -119,7 +119,7 @@ class CapsNet(nn.Module):
         v_len = lengths(v)                      # (b, j)
         if self.decoder is None: return CapsOut(v_len, v, None)
         which = v_len.argmax(1) if y is None else y
-        if getattr(which, "ndim", 1) != 2: return CapsOut(v_len, v, self.decoder(mask_capsules(v, which)))
+        if not (isinstance(which, Tensor) and which.ndim == 2): return CapsOut(v_len, v, self.decoder(mask_capsules(v, which)))
         k = which.shape[1]                      # each of several capsules alone
         each = self.decoder(mask_capsules(v.repeat_interleave(k, 0), which.flatten()))
         return CapsOut(v_len, v, each.unflatten(0, (len(x), k)))
