@@ -443,7 +443,9 @@ def load_folder(
         if not any(held.values()): raise ValueError(f'folder={folder}: too few images to hold some out; give a test folder')
         note = f'no test folder: {sum(n_held.values())} of the images of {folder} held out for testing, chosen by seed {seed}'
     train = _read_files(files, classes, channels, size, progress)
-    test = _read_files(held, classes, channels, size or train.image_shape[1:], progress)
+    test = _read_files(held, classes, channels, size, progress)
+    if (a := train.image_shape[1:]) != (b := test.image_shape[1:]):
+        raise ValueError(f'size=None: images differ in size, those for training are {a[0]}x{a[1]} (height x width), those for testing {b[0]}x{b[1]}; give a size')
     order = torch.randperm(len(train), generator=g)              # so that the first images are of all classes
     return train._like(lambda t: t[order]), test, note
 

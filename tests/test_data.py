@@ -513,6 +513,7 @@ def test_a_tree_for_testing_size_and_channels(tree, tmp_path):
     d = load_data(folder=tree, test_folder=tmp_path/"other", size=8, channels=1)
     assert d.name == "folder" and d.note is None and len(d.train) == 30 and d.train.image_shape == d.test.image_shape == (1, 8, 8)
     assert d.test.y.tolist() == [1]
+    with pytest.raises(ValueError, match="those for training are 5x7.*those for testing 9x9; give a size"): load_data(folder=tree, test_folder=tmp_path/"other")
     assert load_data(folder=tree, size=(4, 6)).train.image_shape == (3, 4, 6)
     (tmp_path/"other"/"fox").mkdir(); Image.new("L", (9, 9)).save(tmp_path/"other"/"fox"/"a.png")
     with pytest.raises(ValueError, match="the class 'fox' is not in"): load_data(folder=tree, test_folder=tmp_path/"other", size=8)
