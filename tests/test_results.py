@@ -1,5 +1,5 @@
 "Tables of the paper, their runs and files, and the network in the package."
-import hashlib, json, math, os, shutil
+import hashlib, json, math, os, re, shutil
 from dataclasses import replace
 from importlib.resources import files
 
@@ -77,11 +77,40 @@ def test_a_finished_row_is_read_and_not_trained(tmp_path, monkeypatch):
     assert read_results("toy", tmp_path) == [got]
 
 
-def test_what_counts_is_the_last_epoch_not_the_best(tmp_path):
-    r = run_row(TOY, ROW, 1, tmp_path, **{**KW, "epochs": 4, "lr": 0.02})
-    last = r["history"][-1]
-    assert (r["n_errors"], r["n"], r["epoch"]) == (last["test_errors"], last["test_n"], 4)
-    assert r["metrics"]["error"] == pytest.approx(100*last["test_errors"]/last["test_n"])
+def test_what_counts_is_the_last_epoch_not_the_best(tmp_path, monkeypatch):
+    "A first epoch without a single error, a last one with nothing but errors"
+    real = results.read_checkpoint
+    def told(p):
+        ck = real(p)
+        h = [dict(row) for row in ck.meta["history"]]
+        h[0]["test_errors"], h[-1]["test_errors"] = 0, h[-1]["test_n"]
+        return ck._replace(meta={**ck.meta, "history": h})
+    monkeypatch.setattr(results, "read_checkpoint", told)
+    r = run_row(TOY, ROW, 1, tmp_path, **{**KW, "epochs": 3})
+    assert len(r["history"]) == 3 and r["epoch"] == 3
+    assert r["n_errors"] == r["n"] == r["history"][-1]["test_n"] and r["metrics"]["error"] == 100
+
+
+@pytest.mark.parametrize("other,line", [(dict(lr=0.5), "lr="), (dict(batch_size=4), "batch_size="), (dict(precision="bf16"), "precision='fp32', asked for is 'bf16'"),
+                                        (dict(row=ROW._replace(network=replace(ROW.network, n_iters=2))), "n_iters=")], ids=str)
+def test_a_finished_row_of_other_settings_is_refused(tmp_path, other, line):
+    kw = {**KW, "epochs": 1}
+    run_row(TOY, ROW, 1, tmp_path, **kw)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    other = dict(other); row = other.pop("row", ROW)
+    with pytest.raises(ValueError, match=f"{re.escape(line)}.*; choose another out") as e: run_row(TOY, row, 1, tmp_path, **{**kw, **other})
+    assert "\n" not in str(e.value) and before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert run_row(TOY, ROW, 1, tmp_path, **kw, log_interval=3)["epoch"] == 1                         # what changes no figure may differ
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "{}", '{"row": 1}', "\x00\xff"], ids=repr)
+def test_a_file_that_is_no_result_is_refused(tmp_path, text, capsys):
+    (tmp_path/"table1").mkdir()
+    (tmp_path/"table1"/"odd.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match="odd.json") as e: read_results("table1", tmp_path)
+    assert "\n" not in str(e.value)
+    assert run_verb(capsule_reproduce, ["table1", "--show", "--out", tmp_path]) == 2
+    assert "odd.json" in (err := capsys.readouterr().err) and err.count("\n") == 1
 
 
 def test_further_metrics_come_from_the_trained_network(tmp_path):
