@@ -300,6 +300,7 @@ def _check_data(net, data:ImageData):
     cfg = net.cfg
     for which, ds in (("train", data.train), ("test", data.test)):
         if len(ds) == 0: raise ValueError(f"the {which} set of {data.name} is empty")
+        if _rank_world()[1] > 1 and not isinstance(ds, ImageSet): raise ValueError(f"the {which} set is a {type(ds).__name__}: several processes train on an ImageSet only")
         if tuple(ds.image_shape) != cfg.image_shape: raise ValueError(f"images of {data.name} are {tuple(ds.image_shape)}, the network takes {cfg.image_shape}")
         lo, hi = (int(v) for v in ds.y.aminmax())
         if lo < 0 or hi >= cfg.n_classes: raise ValueError(f"{data.name} has class {lo if lo < 0 else hi}, the network knows 0 to {cfg.n_classes-1}")
@@ -509,7 +510,6 @@ def halt(self:Trainer, signum):
 def test(self:Trainer):
     "Errors and losses on the test set: `(errors, n, loss, margin, recon)`, every image counted once over all processes."
     c, ds = self.cfg, self.test_set
-    if self.world > 1 and not isinstance(ds, ImageSet): raise ValueError(f"{type(ds).__name__}: several processes train on an ImageSet only")
     if self.world > 1: ds = ImageSet(ds.x[self.rank::self.world], ds.y[self.rank::self.world], ds.classes) if self.rank < len(ds) else None
     e, quit = None, (lambda: self.stop.signum is not None) if self.world == 1 else None
     if ds is not None: e = evaluate(self.tested(), ds, c.test_batch_size, c.precision, c.recon_weight, stop=quit)

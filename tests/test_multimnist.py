@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from capsule_routing import training
 from capsule_routing.baselines import MULTI_BASELINE, BaselineConfig, BaselineNet
 from capsule_routing.capsnet import CapsConfig, CapsNet, count_params
 from capsule_routing.data import ImageData
@@ -174,6 +175,12 @@ def test_the_order_of_the_two_does_not_matter_to_the_loss(data):
     x, y, _, parts = next(data.test.eval_batches(20))
     a, b = (_losses(net(x, t), p, t, 0.5) for t, p in ((y, parts), (y.flip(1), parts.flip(1))))
     for u, v in zip(a, b): assert u.item() == pytest.approx(v.item(), rel=1e-5)
+
+
+def test_several_processes_are_refused_before_the_first_step(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "_rank_world", lambda: (0, 2))
+    with pytest.raises(ValueError, match="PairSet: several processes train on an ImageSet only"): fit(new_net(TINY, 1), data, TrainConfig(epochs=1), tmp_path/"run", device="cpu")
+    assert not list(tmp_path.iterdir())
 
 
 # -- the table --
