@@ -3,7 +3,8 @@ import os, signal, socket, subprocess, sys, time
 from dataclasses import replace
 
 import pytest, torch
-from conftest import ROOT
+from conftest import ROOT, TINY as SMALL, command_line
+from test_commands import torchrun
 from test_training import TINY, image_set
 from capsule_routing import runs
 from capsule_routing.data import ImageData
@@ -55,9 +56,10 @@ def end(procs, timeout=150):
     return [p.returncode for p in procs], said
 
 
-def until(path, steps, procs):
+def until(path, steps, procs, timeout=240):
     "Until the last checkpoint is so many steps in"
-    while all(p.poll() is None for p in procs):
+    latest = time.monotonic() + timeout
+    while all(p.poll() is None for p in procs) and time.monotonic() < latest:
         try:
             if read_checkpoint(path).meta["global_step"] >= steps: return
         except (FileNotFoundError, ValueError): pass
@@ -131,3 +133,77 @@ def test_one_process_of_torchrun_is_none(monkeypatch):
     from capsule_routing.training import processes
     monkeypatch.setenv("WORLD_SIZE", "1"); monkeypatch.setenv("RANK", "0")
     with processes() as (rank, world): assert (rank, world) == (0, 1) and not torch.distributed.is_initialized()
+
+
+# -- torchrun itself --
+
+@pytest.fixture
+def launch(cmd_env, image_folder, tmp_path):
+    "`launch(*args)`: two processes of `capsule_train` under torchrun. What still runs at the end is killed."
+    launchers = []
+    def start(*args):
+        (tmp_path/"noted.sh").write_text('echo $$ > "pid.$RANK"; exec "$@"')    # each process leaves its number and becomes the command
+        line = [torchrun(), "--standalone", "--nproc_per_node=2", "--no-python", "sh", "noted.sh", *command_line("capsule_train", *args)]
+        launchers.append(subprocess.Popen(line, env=cmd_env, cwd=tmp_path, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        return launchers[-1]
+    start.new = [*"--size 28 --channels 1 --batch-size 8 --with_reconstruction --no-cuda --checkpoint-steps 1 --epochs 100000".split(), *SMALL,
+                 "--folder", image_folder/"train", "--test-folder", image_folder/"test", "--out", tmp_path/"run"]
+    yield start
+    for p in launchers:
+        if p.poll() is None: p.kill()
+        for pid in worker_pids(tmp_path): kill(pid, signal.SIGKILL)
+        p.communicate()
+
+
+def worker_pids(top): return [int(t) for p in sorted(top.glob("pid.*")) if (t := p.read_text().strip())]
+
+
+def kill(pid, sig=0):
+    "Send a signal; was there such a process?"
+    try: os.kill(pid, sig)
+    except ProcessLookupError: return False
+    return True
+
+
+def check_whole(path, epochs):
+    "So many epochs, each of all 30 images in 4 steps, and tested on all 12"
+    rows = read_json(path/HISTORY, list)
+    assert [(r["epoch"], r["global_step"], r["n"], r["test_n"]) for r in rows] == [(i, 4*i, 30, 12) for i in range(1, epochs + 1)]
+    assert read_checkpoint(path).meta["epoch"] == epochs + 1
+
+
+needs_torchrun = pytest.mark.skipif(torchrun() is None, reason="needs torchrun")
+
+
+@needs_torchrun
+def test_torchrun_is_asked_to_stop(launch, tmp_path):
+    "SIGTERM to torchrun: both processes end with a checkpoint of that step, and torchrun goes on with it"
+    p = launch(*launch.new)
+    until(tmp_path/"run", 5, [p])
+    p.send_signal(signal.SIGTERM)
+    (code,), ((_, said),) = end([p], 240)
+    meta = read_checkpoint(tmp_path/"run").meta
+    assert code != 0 and not any(map(kill, worker_pids(tmp_path))), said
+    assert f"stopped by SIGTERM after step {meta['step']} of 4 in epoch {meta['epoch']}" in said, said
+    assert "--resume" in said, said
+    p = launch("--resume", "--out", tmp_path/"run", "--epochs", meta["epoch"] + 1)
+    (code,), said = end([p], 240)
+    assert code == 0, said
+    check_whole(tmp_path/"run", meta["epoch"] + 1)
+    assert [s["processes"] for s in read_checkpoint(tmp_path/"run").meta["sessions"]] == [2, 2]
+
+
+@needs_torchrun
+def test_torchrun_loses_a_process(launch, run_cmd, tmp_path):
+    "SIGKILL to the process that writes the checkpoints: the other ends as well, and one process goes on from the last checkpoint"
+    p = launch(*launch.new)
+    until(tmp_path/"run", 5, [p])
+    assert kill(worker_pids(tmp_path)[0], signal.SIGKILL)
+    (code,), ((_, said),) = end([p], 240)
+    meta = read_checkpoint(tmp_path/"run").meta
+    assert code != 0 and not any(map(kill, worker_pids(tmp_path))), said
+    assert meta["global_step"] >= 5
+    p = run_cmd("capsule_train", "--resume", "--out", tmp_path/"run", "--epochs", meta["epoch"] + 1)
+    assert p.returncode == 0, p.stdout + p.stderr
+    check_whole(tmp_path/"run", meta["epoch"] + 1)
+    assert [s["processes"] for s in read_checkpoint(tmp_path/"run").meta["sessions"]] == [2, 1]
