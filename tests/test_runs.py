@@ -54,7 +54,7 @@ def test_nothing_here_unpickles():
             assert bad not in text, (p.name, bad)
 
 
-@pytest.mark.parametrize("name", [CONFIG, HISTORY, LAST, BEST])
+@pytest.mark.parametrize("name", [CONFIG, LAST, BEST])
 @pytest.mark.parametrize("how", ["pickle", "torch"])
 def test_pickle_in_place_of_a_file(run, tmp_path, name, how):
     path, _ = run
@@ -64,6 +64,40 @@ def test_pickle_in_place_of_a_file(run, tmp_path, name, how):
     else: torch.save(dict(w=Payload()), path/name)
     refused(path, name, weights="best" if name == BEST else "last")
     assert not (tmp_path/"pwned").exists()
+
+
+@pytest.mark.parametrize("text", [b"", b"[{},", b"\x80\x04", None], ids=str)
+def test_history_json_is_a_copy_for_people(run, text):
+    "It is not read: whatever lies in its place, the history is that of the checkpoint"
+    path, _ = run
+    if text is None: (path/HISTORY).unlink(); os.mkfifo(path/HISTORY)
+    else: (path/HISTORY).write_bytes(text)
+    assert load_run(path).history == [dict(epoch=1, test_accuracy=0.5)]
+
+
+@pytest.mark.parametrize("config, history, word", [(dict(data="mnist"), [], "config.data must be an object, got 'mnist'"), (dict(training=[1]), [], "config.training must"),
+                                                   ({}, [dict(epoch=1, test_n=0)], r"history\[0\].test_n must be a whole number, 1 or more, got 0"), ({}, [7], r"history must be a list of objects, got \[7\]"),
+                                                   (dict(note=10**400), [], "not finite")])
+def test_what_could_not_be_loaded_is_not_saved(tmp_path, config, history, word):
+    with pytest.raises(ValueError, match=word): save_run(tmp_path/"new", CapsNet(TINY), config, history)
+    assert not (tmp_path/"new").exists()
+    deep = []
+    for _ in range(20): deep = [deep]
+    with pytest.raises(ValueError, match="more than 16 deep"): save_run(tmp_path/"new", CapsNet(TINY), dict(note=deep))
+
+
+def test_a_header_too_long_to_be_read_is_not_written(run):
+    path, net = run
+    was = (path/LAST).read_bytes()
+    with pytest.raises(ValueError, match=f"header needs .* at most {runs.MAX_JSON} are read back"): write_tensors(path/LAST, net.state_dict(), dict(note="x"*runs.MAX_JSON))
+    assert (path/LAST).read_bytes() == was
+
+
+def test_a_history_of_nine_thousand_epochs_fits(run):
+    path, net = run
+    row = json.loads((ROOT/"capsule_routing"/"weights"/"mnist.json").read_text())["runs"][0]["history"][-1]
+    write_tensors(path/LAST, net.state_dict(), dict(file=LAST, config=read_json(path/CONFIG), history=[{**row, "epoch": i+1} for i in range(9000)]))
+    assert len(load_run(path).history) == 9000
 
 
 @pytest.mark.parametrize("name", [CONFIG, LAST])
@@ -132,7 +166,7 @@ def change_header(file, f):
     file.write_bytes(struct.pack("<Q", len(h)) + h + raw[8+n:])
 
 
-@pytest.mark.parametrize("shape", [[2**40, 2**40], [10**9]*4, [-1], ["a"], None, [1.5], [True], [], [2**200], {}])
+@pytest.mark.parametrize("shape", [[2**40, 2**40], [10**9]*4, [-1], ["a"], None, [1.5], [True], [], [2**200], {}, [2**47]*50_000, [1]*50_000], ids=lambda s: str(s)[:20])
 def test_lying_shapes(run, shape):
     path, _ = run
     change_header(path/LAST, lambda h: h["conv1.weight"].update(shape=shape))

@@ -1,11 +1,12 @@
 "Run folders from strangers: going on with them, and the commands that read them."
-import pickle, random, shutil
+import json, pickle, random, shutil, struct, subprocess, sys
 from pathlib import Path
 
 import pytest, torch
+from safetensors.torch import load_file, save_file
 from capsule_routing import runs
 from capsule_routing.commands import capsule_evaluate, capsule_predict, capsule_train, run_verb
-from capsule_routing.runs import BEST, CONFIG, HISTORY, LAST, digest, load_run, read_checkpoint, read_tensors
+from capsule_routing.runs import BEST, CONFIG, HISTORY, LAST, digest, load_run, read_checkpoint, read_json, read_tensors
 from capsule_routing.training import TrainConfig, fit, new_net
 from test_training import TINY, image_set
 from capsule_routing.data import ImageData
@@ -60,6 +61,120 @@ def test_pickles_and_the_commands(halfway, own_run, seven, tmp_path, capsys, nam
         assert code in (None, 0, 2) and "Traceback" not in said
         if code == 2: assert len(said.strip().splitlines()) == 1 and name in said, said
     assert not sign.exists()
+
+
+def forge(file, change):
+    "Change the text of a checkpoint's header and give it the digest that belongs to it, as anybody can"
+    raw, tensors = file.read_bytes(), load_file(file)
+    meta = json.loads(json.loads(raw[8:8+struct.unpack("<Q", raw[:8])[0]])["__metadata__"]["meta"])
+    change(meta, tensors)
+    text = json.dumps(meta, separators=(",", ":"))
+    save_file(tensors, file, dict(meta=text, sha256=digest(tensors, text)))
+
+def put(where, value):
+    "A change: `value` at a place such as `config.data.name`; `...` takes it away"
+    def change(meta, tensors):
+        *above, last = (int(k) if k.isdigit() else k for k in where.split("."))
+        for k in above: meta = meta[k]
+        if value is ...: del meta[last]
+        else: meta[last] = value
+    return change
+
+def deep(n):
+    v = []
+    for _ in range(n): v = [v]
+    return v
+
+
+NEVER = [  # place, value, a word of the line: no run holds these, with or without a training state
+    ("history", [1], "history"), ("history", 5, "history"), ("history", {}, "history"), ("history", None, "history"), ("history.0.epoch", "1", "history[0].epoch"),
+    ("history.0.test_n", 0, "history[0].test_n"), ("history.0.test_errors", [], "history[0].test_errors"), ("history.0.test_loss", None, "history[0].test_loss"),
+    ("history.0.seconds", -1, "history[0].seconds"), ("history.0.train_loss", float("inf"), "finite"), ("history.0.other", float("nan"), "finite"), ("history.0.other", deep(99), "deep"),
+    ("seconds", "x", "seconds"), ("seconds", -1, "seconds"), ("seconds", None, "seconds"), ("seconds", 10**400, "finite"), ("seconds", True, "seconds"),
+    ("sessions", 5, "sessions"), ("sessions", [5], "sessions"), ("sessions", None, "sessions"), ("sessions", [dict(device=deep(300))], "deep"),
+    ("epoch", 0, "epoch"), ("epoch", -1, "epoch"), ("epoch", 1.5, "epoch"), ("epoch", "2", "epoch"), ("epoch", True, "epoch"), ("epoch", None, "epoch"), ("epoch", 10**400, "finite"),
+    ("step", -1, "step"), ("step", [], "step"), ("global_step", 2.5, "global_step"), ("file", "a\nb", "was written as"), ("file", 5, "file"),
+    ("config", 5, "format"), ("config.format", deep(9), "format"), ("config.run", [], "config.run"), ("config.data", [], "config.data"), ("config.data", 5, "config.data"), ("config.data", None, "config.data"),
+    ("config.training", 5, "config.training"), ("config.training", [], "config.training"), ("config.training", None, "config.training"), ("config.training.batch_size", 0, "batch_size"),
+    ("config.training.lr", 10**400, "finite"), ("config.settings", 5, "config.settings"), ("config.settings", [], "config.settings"), ("config.data.n_train", "x", "config.data.n_train"),
+    ("config.data.classes", [1, 2, 3], "config.data.classes"), ("config.data.classes", "abc", "config.data.classes"), ("config.data.note", [], "config.data.note"), ("config.data.name", 5, "config.data.name")]
+STATE = [  # harmless beside weights alone, but nothing can go on from these
+    ("history", [], "epoch"), ("history", ..., "history"), ("history.0.test_errors", ..., "test_errors"), ("history.0", {}, "history[0].epoch"), ("history.0.epoch", 7, "history"), ("epoch", 9, "epoch"),
+    ("epoch", ..., "no training state"), ("step", 10**9, "step"), ("step", 1, "global_step"), ("global_step", 0, "global_step"), ("global_step", 10**200, "global_step"), ("seconds", ..., "seconds"), ("sessions", ..., "sessions"),
+    ("config.data", ..., "config.data"), ("config.data.n_train", ..., "n_train"), ("config.data.n_train", 10**9, "global_step"), ("config.training", ..., "config.training"), ("config.training.batch_size", 1, "global_step")]
+
+def held(path): return {p.name: p.read_bytes() for p in path.iterdir() if p.name != runs.LOCK}
+
+def refused_by(verb, path, args, capsys, *words):
+    "Exit 2 and one line with all words; not a byte of the folder has changed"
+    was = held(path)
+    code, said = run_verb(verb, list(map(str, args))), capsys.readouterr().err
+    assert code == 2 and len(said.strip().splitlines()) == 1 and "Traceback" not in said, (code, said)
+    assert all(w in said for w in words) and len(said) < 900, said
+    assert held(path) == was
+
+
+@pytest.mark.parametrize("where, value, word, always", [(*c, True) for c in NEVER] + [(*c, False) for c in STATE], ids=lambda v: str(v)[:24])
+def test_honest_digest_odd_text(halfway, own_run, tmp_path, capsys, where, value, word, always):
+    "The library and the verbs refuse it in one line that names file and place"
+    path, change = Path(shutil.copytree(halfway[0], tmp_path/"run2")), put(where, value)
+    done = Path(shutil.copytree(own_run, tmp_path/"done"))
+    forge(done/LAST, change)
+    for f in (read_checkpoint, *([load_run] if always else [])):
+        with pytest.raises(ValueError) as e: f(done)
+        assert "\n" not in str(e.value) and str(done/LAST) in str(e.value) and word in str(e.value) and len(str(e.value)) < 600
+    if not always: load_run(done)
+    if not where.startswith("history.") and (where, value) != ("history", []):   # this one stopped within its first epoch
+        forge(path/LAST, change)
+        was = held(path)
+        with pytest.raises(ValueError, match=str(path)): go_on(path)
+        assert held(path) == was
+    refused_by(capsule_train, done, ["--out", done, "--resume", "--epochs", 2], capsys, str(done/LAST), word)
+    if always: refused_by(capsule_evaluate, done, [done], capsys, str(done/LAST), word)
+
+
+def test_sums_of_no_images(halfway, tmp_path):
+    "A mean over no images would be asked for at the end of the epoch"
+    path = Path(shutil.copytree(halfway[0], tmp_path/"run2"))
+    forge(path/LAST, lambda meta, tensors: tensors[runs.SUMS].zero_())
+    with pytest.raises(ValueError, match="images in running.sums must be 8 .*got 0"): go_on(path)
+
+
+@pytest.mark.parametrize("where, value, word", [("history", [1], "history"), ("config.data", [], "config.data"), ("config.training", 5, "config.training")])
+def test_odd_text_beside_the_best_weights(own_run, capsys, where, value, word):
+    forge(own_run/BEST, put(where, value))
+    for verb, more in ((capsule_evaluate, []), (capsule_predict, ["x.png"])): refused_by(verb, own_run, [own_run, *more, "--weights", "best"], capsys, str(own_run/BEST), word)
+
+
+HEAVY = r"""
+import resource, sys
+from pathlib import Path
+from capsule_routing.runs import load_run, read_checkpoint
+path = Path(sys.argv[1])
+load_run(sys.argv[2])                                          # all that loading needs is in memory
+used = int(open("/proc/self/statm").read().split()[0])*resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**29,)*2)      # half a GiB more, for twice 4 MiB
+for f in (load_run, read_checkpoint):
+    try: f(path); print("loaded")
+    except ValueError as e: print(e)
+"""
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs RLIMIT_AS and /proc")
+def test_json_just_under_the_limit(halfway, tmp_path):
+    "Millions of empty objects, in the header and in both JSON files, cost little; beyond the limit they are not parsed"
+    path, n = Path(shutil.copytree(halfway[0], tmp_path/"run2")), runs.MAX_JSON//3 - 3000
+    room = lambda f: runs.MAX_JSON - struct.unpack("<Q", f.read_bytes()[:8])[0]
+    forge(path/LAST, put("history", [{}]*n))
+    assert 0 < room(path/LAST) < 20_000
+    (path/HISTORY).write_bytes(b"[" + b"{},"*20_000_000 + b"{}]")
+    (path/CONFIG).write_text(json.dumps({**read_json(path/CONFIG), "more": [{}]*n}, separators=(",", ":")))
+    p = subprocess.run([sys.executable, "-c", HEAVY, path, halfway[0]], cwd=Path(__file__).resolve().parents[1], capture_output=True, text=True, timeout=240)
+    assert p.returncode == 0, p.stderr
+    one, two = p.stdout.splitlines()
+    assert one == "loaded" and "history[0].epoch must be" in two
+    forge(path/LAST, put("history", [{}]*(n + 10_000)))
+    for f in (load_run, read_checkpoint):
+        with pytest.raises(ValueError, match=LAST): f(path)
 
 
 def mutate(b, r):
