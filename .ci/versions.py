@@ -1,16 +1,18 @@
 """The package with the oldest and the newest versions that settings.ini admits, each in an environment of its own; needs uv. Not part of `.ci/run`.
 
-    python .ci/versions.py [oldest] [newest] [--keep] [-- arguments of pytest]
+    python .ci/versions.py [oldest] [newest] [--keep] [--save] [-- arguments of pytest]
 
 For each: the suite (with what developing needs), and the package alone as a user installs it, which brings fastcore 1 to the oldest and fastcore 2 to the newest.
+`--save` writes what came out to `capsule_routing/results/versions.json`, which the page on trust shows.
 """
-import configparser,json,os,re,shutil,subprocess,sys,tempfile
+import configparser,datetime,json,os,re,shutil,subprocess,sys,tempfile
 from pathlib import Path
 
 top = Path(__file__).resolve().parent.parent
 cfg = configparser.ConfigParser(delimiters=['='])
 cfg.read(top/'settings.ini')
 cfg = cfg['DEFAULT']
+saved = top/'capsule_routing/results/versions.json'
 shown = 'torch torchvision numpy pillow safetensors fastcore nbdev'.split()
 
 # Runs in a bare environment: every module, then the three verbs.
@@ -82,6 +84,12 @@ def package(python):
     if p.returncode: print(p.stdout+p.stderr)
     return (p.stdout.strip() or f'exit code {p.returncode}'), p.returncode==0
 
+def save(new):
+    "Put these rows in the place of the saved ones of the same kind"
+    key = lambda o: (o['versions'], o['what'])
+    kept = [o for o in (json.loads(saved.read_text()) if saved.exists() else []) if key(o) not in map(key, new)]
+    saved.write_text(json.dumps(sorted([*kept, *new], key=key, reverse=True), indent=1)+'\n')
+
 def main(args):
     args,rest = (args[:args.index('--')],args[args.index('--')+1:]) if '--' in args else (args,[])
     names = [o for o in args if o in ('oldest','newest')] or ['oldest','newest']
@@ -98,6 +106,7 @@ def main(args):
         if '--keep' in args: print(f'kept: {home}')
         else: shutil.rmtree(home, ignore_errors=True)
     head = ['versions', 'what', 'Python', *shown, 'result']
+    if '--save' in args: save([dict(zip(head, o)) | dict(date=datetime.date.today().isoformat()) for o in rows])
     print('\n'.join('| ' + ' | '.join(o) + ' |' for o in [head, ['---']*len(head), *rows]))
     return int(not ok)
 

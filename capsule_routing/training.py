@@ -105,7 +105,7 @@ def _check_settings(c):
     def need(ok, name, what):
         if not ok: raise ValueError(f"{name} must be {what}, got {getattr(c, name)!r}")
     whole = lambda v, lo, hi=2**31: type(v) is int and lo <= v <= hi
-    number = lambda v: type(v) in (int, float) and math.isfinite(v)
+    number = lambda v: type(v) in (int, float) and abs(v) < 1e300
     for k in ("epochs", "batch_size", "test_batch_size", "decay_steps", "log_interval"): need(whole(getattr(c, k), 1), k, "a whole number, 1 or more")
     for k in ("threads", "checkpoint_steps"): need(getattr(c, k) is None or whole(getattr(c, k), 1, 2**31 if k != "threads" else 4096), k, "a whole number, 1 or more, or None")
     need(whole(c.warmup, 0), "warmup", "a whole number of steps, 0 or more")

@@ -490,7 +490,7 @@ def test_the_loss_is_looked_at_only_at_intervals(data, monkeypatch):
 @pytest.mark.parametrize("bad", [dict(epochs=0), dict(epochs=1.5), dict(epochs=True), dict(batch_size=-1), dict(lr=0), dict(lr=float("inf")), dict(lr="x"),
                                  dict(schedule="papers"), dict(seed=-1), dict(shift=-2), dict(recon_weight=-1), dict(recon_weight=float("nan")),
                                  dict(precision="fp16"), dict(threads=0), dict(log_interval=0), dict(checkpoint_minutes=0), dict(checkpoint_steps=0),
-                                 dict(deterministic=1), dict(compile="yes"), dict(test_batch_size=None), dict(decay_steps=0), dict(warmup=-1), dict(warmup=2.)], ids=str)
+                                 dict(deterministic=1), dict(compile="yes"), dict(test_batch_size=None), dict(decay_steps=0), dict(warmup=-1), dict(warmup=2.), dict(lr=10**400)], ids=str)
 def test_bad_settings(bad):
     (k, v), = bad.items()
     with pytest.raises(ValueError) as e: TrainConfig(**bad)
