@@ -227,7 +227,7 @@ _OBJECT, _SETTINGS, _OBJECTS = ("an object", _is(dict)), ("an object or null", _
 _KINDS = {                                            # of what a run's files hold: (what it must be, is it?)
     "": dict(file=_TEXT, epoch=_COUNT, step=_WHOLE, global_step=_WHOLE, seconds=_AMOUNT, sessions=_OBJECTS, history=_OBJECTS, config=_OBJECT),
     "config.": dict(run=_NOTE, training=_OBJECT, data=_OBJECT, settings=_SETTINGS),
-    "config.data.": dict(name=_TEXT, n_train=_COUNT, n_test=_COUNT, classes=("a list of texts", _list(_is(str))),
+    "config.data.": dict(name=_TEXT, n_train=_COUNT, n_test=_COUNT, classes=("a list of names", _list(_is(str, int))),
                          image_shape=("a list of whole numbers", _list(_whole)), note=_NOTE),
     "config.training.": dict(batch_size=_COUNT),
     "history[{}].": dict(epoch=_WHOLE, global_step=_WHOLE, lr=_AMOUNT, n=_COUNT, train_loss=_NUMBER, train_margin=_NUMBER, train_recon=_MAYBE,
