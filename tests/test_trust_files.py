@@ -97,7 +97,7 @@ NEVER = [  # place, value, a word of the line: no run holds these, with or witho
     ("config", 5, "format"), ("config.format", deep(9), "format"), ("config.run", [], "config.run"), ("config.data", [], "config.data"), ("config.data", 5, "config.data"), ("config.data", None, "config.data"),
     ("config.training", 5, "config.training"), ("config.training", [], "config.training"), ("config.training", None, "config.training"), ("config.training.batch_size", 0, "batch_size"),
     ("config.training.lr", 10**400, "finite"), ("config.settings", 5, "config.settings"), ("config.settings", [], "config.settings"), ("config.data.n_train", "x", "config.data.n_train"),
-    ("config.data.classes", [1, 2, 3], "config.data.classes"), ("config.data.classes", "abc", "config.data.classes"), ("config.data.note", [], "config.data.note"), ("config.data.name", 5, "config.data.name")]
+    ("config.data.classes", [[1], 2, 3], "config.data.classes"), ("config.data.classes", "abc", "config.data.classes"), ("config.data.note", [], "config.data.note"), ("config.data.name", 5, "config.data.name")]
 STATE = [  # harmless beside weights alone, but nothing can go on from these
     ("history", [], "epoch"), ("history", ..., "history"), ("history.0.test_errors", ..., "test_errors"), ("history.0", {}, "history[0].epoch"), ("history.0.epoch", 7, "history"), ("epoch", 9, "epoch"),
     ("epoch", ..., "no training state"), ("step", 10**9, "step"), ("step", 1, "global_step"), ("global_step", 0, "global_step"), ("global_step", 10**200, "global_step"), ("seconds", ..., "seconds"), ("sessions", ..., "sessions"),
