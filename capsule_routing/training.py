@@ -10,6 +10,7 @@ __all__ = ['PRECISIONS', 'SCHEDULES', 'COMPILES', 'RECIPES', 'FREE', 'pick_devic
 
 # %% ../nbs/10_training.ipynb #imports
 import copy, hashlib, math, os, platform, shutil, signal, sys, threading, time, warnings
+from collections import deque
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
@@ -329,6 +330,13 @@ def _rank_world():
     d = torch.distributed
     return (d.get_rank(), d.get_world_size()) if d.is_available() and d.is_initialized() else (0, 1)
 
+_reduced = deque(maxlen=8)
+
+def _reduce(t, largest=False):
+    "Sum over the processes, or the largest, in place. The tensor is kept for a while: in torch 2.4 a process could hang at its end, when a thread of gloo was the last to hold it."
+    _reduced.append(t)
+    torch.distributed.all_reduce(t, torch.distributed.ReduceOp.MAX if largest else torch.distributed.ReduceOp.SUM)
+
 # %% ../nbs/10_training.ipynb #prepare
 @patch
 def prepare(self:Trainer, ck:Optional[Checkpoint]):
@@ -406,7 +414,7 @@ def tested(self:Trainer):
 def agree(self:Trainer, part):
     "Sum over the processes, and with it whether one of them was asked to stop."
     part = torch.cat([part, part.new_full((1,), float(self.stop.signum or 0))])
-    torch.distributed.all_reduce(part[:4]); torch.distributed.all_reduce(part[4:], torch.distributed.ReduceOp.MAX)
+    _reduce(part[:4]); _reduce(part[4:], largest=True)
     self.asked = part[4]
     return part[:4]
 
@@ -516,7 +524,7 @@ def test(self:Trainer):
     if e is None and self.world == 1: self.halt(self.stop.signum)
     s = torch.zeros(5, dtype=torch.float64, device=self.device)
     if e is not None: s += torch.tensor([e.n_errors, e.n, e.loss*e.n, e.margin*e.n, (e.recon or 0)*e.n], dtype=torch.float64, device=self.device)
-    if self.world > 1: torch.distributed.all_reduce(s)
+    if self.world > 1: _reduce(s)
     errors, n, *sums = s.tolist()
     return int(errors), int(n), *(v/n for v in sums)
 
@@ -602,7 +610,7 @@ def everyone(self:Trainer, f):
     try: result = f()
     except Exception as e: error = e
     failed = torch.tensor([float(error is not None)], device=self.device)
-    torch.distributed.all_reduce(failed)
+    _reduce(failed)
     if error is not None: raise error
     if failed.item(): raise PeerLost("another process of this run refused to start")
     return result
