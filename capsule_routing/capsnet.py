@@ -166,13 +166,12 @@ def modern_sizes(
 ) -> dict:  # In those of today
     "`conv_channels`, `kernel`, `n_iters`, `stop_grad` as options of the trunk and the routing."
     d = dict(d)
-    if "trunk" not in d:
-        old = {new: d[k] for k,new in (("conv_channels", "channels"), ("kernel", "kernel")) if k in d}
-        d["trunk_options"] = {**old, **d.get("trunk_options", {})}
-    told = {k: d.pop(k) for k in ("n_iters", "stop_grad") if k in d}
-    if told: d["routing_options"] = {**told, **d.get("routing_options", {})}
-    d.pop("conv_channels", None)
-    return d
+    def moved(into, usual, names):
+        told = {new: d[old] for old,new in names.items() if d.get(old, usual[new]) != usual[new]}
+        if told: d[into] = {**told, **d.get(into, {})}
+    if "trunk" not in d: moved("trunk_options", dict(channels=256, kernel=9), dict(conv_channels="channels", kernel="kernel"))
+    moved("routing_options", dict(n_iters=3, stop_grad=False), dict(n_iters="n_iters", stop_grad="stop_grad"))
+    return {k: v for k,v in d.items() if k not in ("conv_channels", "n_iters", "stop_grad")}
 
 def caps_config(
     **sizes, # Fields of `CapsConfig`; also `conv_channels`, `n_iters`, `stop_grad`, and one `kernel` for both convolutions
