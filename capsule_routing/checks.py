@@ -9,15 +9,15 @@ __all__ = ['shown', 'BadValue', 'whole', 'number', 'one_of', 'flag', 'floats', '
 import operator, reprlib
 from difflib import get_close_matches
 from math import isfinite
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
+if TYPE_CHECKING: from torch import Tensor
 
 # %% ../nbs/00_checks.ipynb #shown
 def shown(
     v, # Any value
 ) -> str: # At most 80 characters, no line break
     "A value in few words: a tensor by its type and shape, all else as Python writes it."
-    if isinstance(v, Tensor): return f"{str(v.dtype).removeprefix('torch.')} {tuple(v.shape)}"
+    if hasattr(v, "backward"): return f"{str(v.dtype).removeprefix('torch.')} {tuple(v.shape)}"
     return " ".join(reprlib.repr(v).split())[:80]
 
 # %% ../nbs/00_checks.ipynb #bad-value
@@ -40,7 +40,7 @@ def whole(
     hi:int=None, # Largest; None for no limit
 ) -> int:        # `value` as a plain int
     "A whole number of at least `lo`."
-    try: n = None if isinstance(value, (bool, Tensor)) else operator.index(value)
+    try: n = None if isinstance(value, bool) or hasattr(value, "backward") else operator.index(value)
     except TypeError: n = None
     if n is None: raise BadValue(field, value, "must be a whole number")
     if n < lo: raise BadValue(field, value, f"must be at least {lo}")
@@ -92,8 +92,9 @@ def floats(
     field:str,   # Name of the argument
     x,           # What was given
     shape:tuple, # Expected shape, `None` where any size will do
-) -> Tensor:     # `x`
+) -> "Tensor":   # `x`
     "A floating-point tensor of that shape."
+    from torch import Tensor
     if not isinstance(x, Tensor): raise BadValue(field, x, f"must be a tensor, got {type(x).__name__}")
     if not x.is_floating_point(): raise BadValue(field, x, "must hold floating point numbers")
     if x.ndim != len(shape) or any(n is not None and n != m for n,m in zip(shape, x.shape)):
@@ -102,9 +103,10 @@ def floats(
 
 # %% ../nbs/00_checks.ipynb #can-look
 def can_look(
-    x:Tensor, # Any tensor
-) -> bool:    # True on the CPU, outside `torch.compile`
+    x:"Tensor", # Any tensor
+) -> bool:      # True on the CPU, outside `torch.compile`
     "May values be checked?"
+    import torch
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 # %% ../nbs/00_checks.ipynb #class-indices
@@ -113,9 +115,10 @@ def class_indices(
     which,       # What was given
     b:int,       # Images in the batch
     n:int,       # Number of classes
-) -> Tensor:     # `which`
+) -> "Tensor":   # `which`
     "`b` class indices from 0 to `n-1`."
-    if not isinstance(which, Tensor): raise BadValue(field, which, f"must be a tensor, got {type(which).__name__}")
+    import torch
+    if not isinstance(which, torch.Tensor): raise BadValue(field, which, f"must be a tensor, got {type(which).__name__}")
     if which.is_floating_point() or which.is_complex() or which.dtype == torch.bool:
         raise BadValue(field, which, "must be integers, indices of classes")
     if which.shape != (b,): raise BadValue(field, which, f"must have shape ({b},)")
