@@ -292,8 +292,8 @@ def open_run(self:Trainer, resume):
     about = describe(self.data)
     if ck is not None: self.check_same(ck, about)
     c = self.cfg
-    self.cfg = replace(c, precision=pick_precision(c.precision, self.device), threads=c.threads or torch.get_num_threads(),
-                       compile=pick_compile(c.compile, self.device))
+    precision,compile = pick_precision(c.precision, self.device),pick_compile(c.compile, self.device)
+    self.cfg = replace(c, precision=precision, compile=compile, threads=c.threads or torch.get_num_threads())
     was = {} if ck is None else {"run": ck.meta["config"].get("run")}
     versions = dict(capsule_routing=__version__, torch=torch.__version__, python=platform.python_version())
     self.config = full_config(self.net, {
@@ -365,7 +365,8 @@ def fit(
 ) -> list:                                 # One dict an epoch
     "Train a network, test it after each epoch, keep everything in a run folder."
     if not isinstance(cfg, TrainConfig): raise BadValue("cfg", cfg, "must be a TrainConfig")
-    if not isinstance(getattr(net, "cfg", None), Sizes): raise BadValue("net", net, "must be a network with its sizes as `cfg`")
+    if not isinstance(getattr(net, "cfg", None), Sizes):
+        raise BadValue("net", type(net).__name__, "must be a network with its sizes as `cfg`")
     if resume and path is None: raise BadValue("resume", resume, "needs the path of a run folder")
     if resume and not Path(path).is_dir(): raise FileNotFoundError(f"{path}: no such run folder, nothing to go on from")
     check_fits(net, data)
