@@ -18,7 +18,7 @@ TINY_CONFIG = dict(conv_channels=8, n_types=2, d_primary=4, d_class=4, decoder=(
 def command_line(verb, *args):
     "A verb as a process: the console script beside this Python, else the function behind it"
     script = Path(sys.executable).parent/verb
-    code = f"import sys; from capsule_routing.commands import {verb}; sys.exit({verb}())"
+    code = f"import sys; from capsule_routing.commands import {verb}; sys.exit({verb}.main())"
     start = [str(script)] if script.exists() else [sys.executable, "-c", code]
     return [*start, *map(str, args)]
 
