@@ -37,23 +37,21 @@ class Options(click.ParamType):
         try: return dict(loads(value))
         except (ValueError, TypeError): self.fail(f'{value} is not an object like {{"n_iters": 2}}', param)
 
+# %% ../nbs/18_commands.ipynb #place
 class Place(click.ParamType):
     "A path, `~` for the home folder; if it `writes`, a folder's, or a file's with one of some endings."
     name = "path"
-    def __init__(self, *endings, writes=False): self.endings,self.writes = endings,writes or endings
+    def __init__(self, *endings, writes=False): self.endings,self.writes = endings,writes or bool(endings)
     def convert(self, value, param=None, ctx=None):
         if not value or value.startswith("--"): self.fail("needs a value", param)
-        path = Path(value).expanduser()
-        if self.writes: self.look(path, param)
-        return str(path)
-    def look(self, path, param):
+        path = top = Path(value).expanduser()
         if self.endings and path.suffix.lower() not in self.endings:
             self.fail(f"{path} does not end in {' or '.join(self.endings)}", param)
-        if self.endings and path.is_dir(): self.fail(f"{path} is a folder, not a file", param)
-        top = path.absolute().parent if self.endings else path.absolute()
-        while not os.path.lexists(top): top = top.parent
-        if not top.is_dir(): self.fail(f"{top} is a file, not a folder", param)
-        if not os.access(top, os.W_OK | os.X_OK): self.fail(f"{top} can not be written", param)
+        if self.endings: top = path.parent
+        while not os.path.lexists(top): top = top.absolute().parent
+        if self.writes and not top.is_dir(): self.fail(f"{top} is a file, not a folder", param)
+        if self.writes and not os.access(top, os.W_OK | os.X_OK): self.fail(f"{top} can not be written", param)
+        return str(path)
 
 # %% ../nbs/18_commands.ipynb #types
 _side = IntRange(1, 4096)
@@ -67,26 +65,36 @@ TYPES = {   # of a parameter, by its annotation or, before that, its name
     "precision": Choice(PRECISIONS), "compile": Choice(COMPILES), "weights": Choice(("last", "best")),
     "table": Choice(TABLE_NAMES)}
 
-# %% ../nbs/18_commands.ipynb #verb
+# %% ../nbs/18_commands.ipynb #given
 _given = ContextVar("given", default=frozenset())
 
 def given() -> frozenset: # Names of parameters
     "The parameters that the caller of the running verb named."
     return _given.get()
 
+def _plain(name): return name.rstrip("_").replace("_", "-").lower()
+
+_context = click.Context(click.Command("verb"), token_normalize_func=_plain)
+
+def _read(func, name, value):
+    "Text as the shell reads it; all else as it is"
+    try: return func.types[name].convert(value, None, _context) if isinstance(value, str) else value
+    except click.BadParameter as e: raise BadValue(name, value, e.message) from None
+
+# %% ../nbs/18_commands.ipynb #verb
 def verb(
     example:str, # One command line, shown under the help
-    shared={},   # Functions, and the names of those of their parameters that become options here; "" for all
+    shared:dict, # Functions, and which of their options become options here; "" for all
     **types,     # click types of parameters, where they are not those of `TYPES`
 ):
-    "Make a function a verb of the shell that stays callable from Python; what is shared comes as keywords."
+    "Make a function a verb of the shell that stays callable from Python."
     def deco(func):
         sig = inspect.signature(func)
         params = [p for p in sig.parameters.values() if p.kind is not p.VAR_KEYWORD]
         for f,names in shared.items():
-            theirs = inspect.signature(f).parameters
+            theirs = {k: p for k,p in inspect.signature(f).parameters.items() if p.default is not p.empty}
             params += [theirs[k].replace(kind=inspect.Parameter.KEYWORD_ONLY) for k in names.split() or theirs]
-        params = [p.replace(annotation=(*get_args(p.annotation), p.annotation)[0]) for p in params]   # of an Optional
+        params = [p.replace(annotation=(*get_args(p.annotation), p.annotation)[0]) for p in params]
         @wraps(func)
         def _f(*args, **kwargs):
             got = _f.__signature__.bind(*args, **kwargs)
@@ -99,16 +107,6 @@ def verb(
         _f.main = lambda argv=None: _main(_f, argv)
         return _f
     return deco
-
-# %% ../nbs/18_commands.ipynb #read
-def _plain(name): return name.rstrip("_").replace("_", "-").lower()
-
-_context = click.Context(click.Command("verb"), token_normalize_func=_plain)
-
-def _read(func, name, value):
-    "Text as the shell reads it; all else as it is"
-    try: return func.types[name].convert(value, None, _context) if isinstance(value, str) else value
-    except click.BadParameter as e: raise BadValue(name, value, e.message) from None
 
 # %% ../nbs/18_commands.ipynb #command
 def command(
@@ -138,56 +136,54 @@ def _parse(func, argv):
 
 # %% ../nbs/18_commands.ipynb #line
 def _no_memory(e):
-    says = "not enough memory|can't allocate memory|could not create a primitive"
-    return type(e).__name__ in ("MemoryError", "OutOfMemoryError") or isinstance(e, RuntimeError) and re.search(says, str(e))
+    says = "out of memory|not enough memory|can't allocate memory|could not create a primitive"
+    return isinstance(e, MemoryError) or isinstance(e, RuntimeError) and re.search(says, str(e))
 
 def _line(e, func):
     "The line for an error that is meant for the user, None for one that is not"
     name = getattr(getattr(e, "param", None), "name", getattr(e, "field", None))
     if p := inspect.signature(func).parameters.get(name):
         flag = f"--{_plain(name)}" if p.kind is p.KEYWORD_ONLY else name.upper()
-        if not hasattr(e, "why"): return f"{flag}: {e.message or 'is missing'}"            # click's
-        return f"{flag}{'' if e.value is None or e.value is True else f' {e.value}'}: {e.why}"   # BadValue
+        if not isinstance(e, BadValue): return f"{flag}: {e.message or 'is missing'}"       # click's
+        return f"{flag}{'' if e.value is None or e.value is True else f' {e.value}'}: {e.why}"
     if isinstance(e, click.ClickException): return e.format_message()
     if _no_memory(e):
         sizes = " or ".join(f"--{_plain(k)}" for k in func.types if k.endswith("batch_size"))
         return "out of memory"+f": try a smaller {sizes}"*bool(sizes)
     if isinstance(e, OSError): return f"{e.filename or 'file'}: {e.strerror}" if e.strerror else str(e)
-    raiser = [f.f_globals.get("__name__", "") for f,_ in traceback.walk_tb(e.__traceback__)][-1:]
-    ours = [type(e).__module__]+raiser*isinstance(e, ValueError)
+    where = [f.f_globals.get("__name__", "") for f,_ in traceback.walk_tb(e.__traceback__)][-1:]
+    ours = [type(e).__module__]+where*isinstance(e, ValueError)        # what raised it
     return str(e) if any(m.startswith("capsule_routing.") for m in ours) else None
 
+# %% ../nbs/18_commands.ipynb #run-verb
 def _one_line(text, n=600):
     "No line breaks, no control characters, at most `n` characters"
     s = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
     return s if len(s) <= n else s[:n-1]+"…"
 
-# %% ../nbs/18_commands.ipynb #run-verb
 def run_verb(
     func,      # A verb
     argv:list, # What follows its name on the command line
 ) -> int:      # The exit code
     "Run a verb as the shell does."
-    def say(line, alone=False):   # of processes on one machine the first speaks; but it may not live to
-        if alone or os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{func.__name__}: {_one_line(line)}", file=sys.stderr, flush=True)
+    line,code,alone = None,0,False
     try:
         func(**_parse(func, argv))
         sys.stdout.flush()
-        return 0
-    except click.exceptions.Exit as e: return e.exit_code            # --help
-    except KeyboardInterrupt as e:
-        say(str(e) or "interrupted")
-        return 128+getattr(e, "signum", 2)
-    except BrokenPipeError:                                          # `capsule_evaluate … | head`
+    except click.exceptions.Exit as e: code = e.exit_code              # --help
+    except KeyboardInterrupt as e: line,code = str(e) or "interrupted",128+getattr(e, "signum", 2)
+    except BrokenPipeError:                                            # `capsule_evaluate … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 141
+        code = 141
     except Exception as e:
         if (line := _line(e, func)) is None: raise
         if os.environ.get("CAPSULE_ROUTING_DEBUG", "0") not in ("", "0"): traceback.print_exc()
-        say(line, alone=_no_memory(e) or type(e).__name__ == "PeerLost")
-        return 2
+        code,alone = 2,_no_memory(e) or type(e).__name__ == "PeerLost" # what another may not live to say
+    if line and (alone or os.environ.get("LOCAL_RANK", "0") == "0"):
+        print(f"{func.__name__}: {_one_line(line)}", file=sys.stderr, flush=True)
+    return code
 
+# %% ../nbs/18_commands.ipynb #main
 def _main(func, argv=None):
     "A verb as a program: a stream may be closed, or lack a character"
     for name in ("stdout", "stderr"):
@@ -221,61 +217,78 @@ def _resumed(now, named):
     resume_config(config.get("training", {}), **{k: now[k] for k in named.intersection(theirs)})
     return was | {k: now[k] for k in named} | {"note": (config.get("data") or {}).get("note")}
 
-# %% ../nbs/18_commands.ipynb #data-and-network
-def _import(modules):
-    "Import the user's modules, which register routings and trunks; those in the current folder too"
-    if modules and os.getcwd() not in sys.path: sys.path.append(os.getcwd())
-    for m in modules:
-        try: importlib.import_module(m)
-        except ImportError as e: raise BadValue("import_", m, f"can't be imported: {e}") from e
-
-def _data(s, quiet=False):
+# %% ../nbs/18_commands.ipynb #data
+def _data(*,
+    dataset:str=None,     # Data set; without it MNIST, or the glyphs where MNIST can't be had
+    data_dir:str=None,    # Where downloads are kept; without it a cache folder of yours
+    folder:str=None,      # Your own images: a tree with one folder for each class
+    test_folder:str=None, # The same for testing; without it a part of --folder is held out
+    size:int=None,        # Height and width that the images of --folder are brought to
+    channels:int=None,    # Channels of the images of --folder: 1 (grey) or 3 (colour)
+    limit:int=None,       # Train on the first N images
+    seed, quiet,
+):
     "The data set that the settings name; a folder's held-out images are chosen by the run's seed"
     from capsule_routing.data import load_data
-    more = {k: s.get(k) for k in ("limit", "folder", "test_folder", "size", "channels")}
-    show = sys.stderr.isatty() and not quiet
-    return load_data(s.get("dataset"), s.get("data_dir"), seed=s.get("seed") or 0, progress=show, **more)
+    return load_data(dataset, data_dir, limit=limit, folder=folder, test_folder=test_folder, size=size,
+                     channels=channels, seed=seed, progress=sys.stderr.isatty() and not quiet)
 
-def _network(s, data):
+def _only(f, s): return {k: s[k] for k in inspect.signature(f).parameters if k in s}
+
+# %% ../nbs/18_commands.ipynb #network
+def _network(image_shape, n_classes, *,
+    routing:str="dynamic",      # How capsules are routed: dynamic, or a name that --import adds
+    routing_iterations:int=3,   # Routing iterations, where the routing has them
+    routing_options:dict=None,  # Its other options, as {"stop_grad": true}
+    layers:str=None,            # Capsule layers between primary and class, as 32x16: 32 capsules of 16 numbers
+    trunk:str="conv9",          # What makes the feature maps: conv9, or a name that --import adds
+    trunk_options:dict=None,    # Its options
+    with_reconstruction:bool=False, # Add the decoder and its loss
+    conv_channels:int=256,      # Channels of the first convolution
+    kernel:int=9,               # Side of the kernels, in pixels; smaller for images below 17x17
+    primary_types:int=32,       # Types of primary capsules
+    primary_size:int=8,         # Numbers in a primary capsule
+    class_size:int=16,          # Numbers in a class's capsule
+    decoder_widths:str="512,1024", # Hidden widths of the decoder
+):
     "The sizes that settings and data ask for"
     from capsule_routing import capsnet, registry
-    trunk,options = s["trunk_options"] or {},s["routing_options"] or {}
-    if s["trunk"] == "conv9": trunk = dict(channels=s["conv_channels"], kernel=s["kernel"]) | trunk
-    if "n_iters" in inspect.signature(registry.routing[s["routing"]]).parameters:
-        options = dict(n_iters=s["routing_iterations"]) | options
+    first = dict(channels=conv_channels, kernel=kernel) if trunk == "conv9" else {}
+    iterates = "n_iters" in inspect.signature(registry.routing[routing]).parameters
+    options = (dict(n_iters=routing_iterations) if iterates else {}) | (routing_options or {})
     return capsnet.CapsConfig(
-        *data.train.image_shape, len(data.train.classes), s["trunk"], trunk, s["kernel"], n_types=s["primary_types"],
-        d_primary=s["primary_size"], layers=s["layers"] or (), routing=s["routing"], routing_options=options,
-        d_class=s["class_size"], decoder=s["decoder_widths"] if s["with_reconstruction"] else None)
+        *image_shape, n_classes, trunk, first | (trunk_options or {}), kernel, n_types=primary_types,
+        d_primary=primary_size, layers=layers or (), routing=routing, routing_options=options, d_class=class_size,
+        decoder=decoder_widths if with_reconstruction else None)
 
 # %% ../nbs/18_commands.ipynb #reporter
 class _Reporter:
     "Shows training on a terminal or in a log"
-    def __init__(self, name, quiet=False):
-        self.name,self.quiet,self.bar,self.said,self.test = name,quiet,None,time.monotonic(),0.
+    def __init__(self, name, quiet, on):
+        self.name,self.quiet,self.on,self.bar,self.said,self.test = name,quiet,on,None,time.monotonic(),0.
+    def __enter__(self): return self
+    def __exit__(self, kind, e, traceback):
+        if self.bar: self.bar.close()
+        if isinstance(e, KeyboardInterrupt): e.args = (str(e).removesuffix(", go on with --resume")+self.on,)
     def on_start(self, s): self.epochs = s.epochs
     def on_step(self, s):
         if self.quiet or s.loss is None or not s.images_per_second: return
-        epoch = (s.n_images-s.images)/s.images_per_second
-        more = s.epochs-s.epoch
-        run = _time(epoch+more*s.n_images/s.images_per_second+(more+1)*self.test)
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-            name = f"epoch {s.epoch}/{s.epochs}"
-            self.bar = self.bar or tqdm(total=s.n_images, desc=name, unit=" images", leave=False, dynamic_ncols=True)
-            self.bar.update(s.images-self.bar.n)
-            self.bar.set_postfix_str(f"loss {s.loss:.4f}, {run} of the run left", refresh=False)
+        epoch,more = (s.n_images-s.images)/s.images_per_second,s.epochs-s.epoch
+        run = _time(epoch+more*s.n_images/s.images_per_second+(more+1)*self.test)+" of the run"
+        if sys.stderr.isatty(): self.move(s, f"loss {s.loss:.4f}, {run} left")
         elif s.step < s.steps and time.monotonic()-self.said > 10:
             self.said = time.monotonic()
             print(f"epoch {s.epoch}/{s.epochs}: {s.images:,} of {s.n_images:,} images, loss {s.loss:.4f}, "
-                  f"{s.images_per_second:,.0f} images/s, {_time(epoch)} left, {run} of the run", flush=True)
+                  f"{s.images_per_second:,.0f} images/s, {_time(epoch)} left, {run}", flush=True)
+    def move(self, s, text):
+        from tqdm import tqdm
+        self.bar = self.bar or tqdm(total=s.n_images, unit=" images", leave=False, dynamic_ncols=True)
+        self.bar.desc,self.bar.n = f"epoch {s.epoch}/{s.epochs}: ",s.images
+        self.bar.set_postfix_str(text)
     def on_epoch(self, row):
-        self.close()
+        if self.bar: self.bar.clear()
         self.test = row["test_seconds"]
         if not self.quiet: print(_epoch_line(row, self.epochs, self.name), flush=True)
-    def close(self):
-        if self.bar: self.bar.close()
-        self.bar = None
 
 # %% ../nbs/18_commands.ipynb #lines
 def _time(s): return f"{s:.0f} s" if s < 120 else f"{s/60:.0f} min" if s < 7200 else f"{s/3600:.1f} h"
@@ -317,71 +330,55 @@ def _launch(world):
     return f"torchrun {nodes}--nproc_per_node={n} --no-python " if world > 1 else ""
 
 # %% ../nbs/18_commands.ipynb #capsule-train
-@verb("capsule_train --epochs 1 --limit 10000 --with-reconstruction", {TrainConfig: ""})
+def _import(modules):
+    "Import the user's modules, which register routings and trunks; those in the current folder too"
+    if modules and os.getcwd() not in sys.path: sys.path.append(os.getcwd())
+    for m in modules:
+        try: importlib.import_module(m)
+        except ImportError as e: raise BadValue("import_", m, f"can't be imported: {e}") from e
+
+@verb("capsule_train --epochs 1 --limit 10000 --with-reconstruction", {_data: "", TrainConfig: "", _network: ""})
 def capsule_train(*,
-    dataset:str=None,       # Data set; without it MNIST, or the glyphs where MNIST can't be had
-    data_dir:str=None,      # Where downloads are kept; without it a cache folder of yours
-    folder:str=None,        # Your own images: a tree with one folder for each class
-    test_folder:str=None,   # The same for testing; without it a part of --folder is held out
-    size:int=None,          # Height and width that the images of --folder are brought to
-    channels:int=None,      # Channels of the images of --folder: 1 (grey) or 3 (colour)
-    limit:int=None,         # Train on the first N images
-    out:str=None,           # Run folder; without it a new one, runs/DATASET-1 and so on
-    resume:bool=False,      # Go on with the run in --out, with its own settings
-    recipe:str="paper",     # Where settings that you do not give come from: the authors' schedule, or fast (12 epochs)
-    patience:int=None,      # Stop when the training loss has not fallen for N epochs
-    routing:str="dynamic",  # How capsules are routed: dynamic, or a name that --import adds
-    routing_iterations:int=3,    # Routing iterations, where the routing has them
-    routing_options:dict=None,   # Its other options, as {"stop_grad": true}
-    layers:str=None,        # Capsule layers between primary and class, as 32x16: 32 capsules of 16 numbers
-    trunk:str="conv9",      # What makes the feature maps: conv9, or a name that --import adds
-    trunk_options:dict=None,     # Its options
-    with_reconstruction:bool=False, # Add the decoder and its loss
-    conv_channels:int=256,  # Channels of the first convolution
-    kernel:int=9,           # Side of the kernels, in pixels; smaller for images below 17x17
-    primary_types:int=32,   # Types of primary capsules
-    primary_size:int=8,     # Numbers in a primary capsule
-    class_size:int=16,      # Numbers in a class's capsule
-    decoder_widths:str="512,1024", # Hidden widths of the decoder
-    import_:tuple=(),       # A module of yours that registers what you name; may be given several times
-    no_cuda:bool=False,     # Stay on the CPU even if there is a GPU
-    quiet:bool=False,       # Show only the summary
-    **training,
+    out:str=None,        # Run folder; without it a new one, runs/DATASET-1 and so on
+    resume:bool=False,   # Go on with the run in --out, with its own settings
+    recipe:str="paper",  # Where settings that you do not give come from: the authors' schedule, or fast (12 epochs)
+    patience:int=None,   # Stop when the training loss has not fallen for N epochs
+    import_:tuple=(),    # A module of yours that registers what you name; may be given several times
+    no_cuda:bool=False,  # Stay on the CPU even if there is a GPU
+    quiet:bool=False,    # Show only the summary
+    **more,
 ):
     "Train a capsule network and keep it in a run folder."
-    s,named = locals(),given()
-    s |= s.pop("training")
-    found = sorted(Path("runs").glob("*/last.safetensors"), key=os.path.getmtime)
-    newest = f"; the newest is {found[-1].parent}" if found else ""
-    if resume and not out: raise BadValue("resume", None, f"needs --out RUN, the run to go on with{newest}")
+    from capsule_routing.machine import processes
+    s = dict(out=out, resume=resume, recipe=recipe, patience=patience, import_=import_, no_cuda=no_cuda, quiet=quiet, **more)
+    newest = [f"; the newest is {p.parent}" for p in sorted(Path("runs").glob("*/last.*"), key=os.path.getmtime)[-1:]]
+    if resume and not out: raise BadValue("resume", None, "needs --out RUN, the run to go on with"+"".join(newest))
     if out and not resume and Path(out, "config.json").exists():
         raise BadValue("out", out, "already holds a run; add --resume to go on with it, or choose another folder")
     _import(import_)
-    s = _resumed(s, named) if resume else s | {k: v for k,v in RECIPES[recipe].items() if k not in named}
-    cfg = TrainConfig(**{k: s[k] for k in training if k in s})
-    from capsule_routing.machine import processes
+    if resume: s = _resumed(s, given())
+    else: s |= {k: v for k,v in RECIPES[recipe].items() if k not in given()}
+    cfg = TrainConfig(**_only(TrainConfig, s))
     with processes(s["no_cuda"]) as (rank, world): return _train(s, cfg, rank, world)
 
 # %% ../nbs/18_commands.ipynb #train-run
-def _train(s, cfg, rank=0, world=1):
+def _train(s, cfg, rank, world):
     "Train with settings that are complete"
     from capsule_routing import callbacks, machine, training
-    data = _data(s, s["quiet"] or rank)
+    data = _data(**_only(_data, s | dict(quiet=s["quiet"] or rank)))
     data = data._replace(note=s.pop("note", None) or data.note)
-    for k in ("data_dir", "folder", "test_folder"): s[k] = s[k] and os.path.abspath(s[k])
-    net,device = training.new_net(_network(s, data), cfg.seed),machine.pick_device(s["no_cuda"])
+    sizes = _network(data.train.image_shape, len(data.train.classes), **_only(_network, s))
+    net,device = training.new_net(sizes, cfg.seed),machine.pick_device(s["no_cuda"])
     path = Path(s["out"]) if s["out"] else None if rank else _new_folder(data.name)
     if not rank: _announce(s, data, net, path)
     s |= dict(dataset=data.name, out=path and str(path))
-    keep = {k: _text(v) if isinstance(v, tuple) and k != "import_" else v for k,v in s.items() if k not in ("out", "resume", "quiet")}
+    s |= {k: os.path.abspath(s[k]) for k in ("data_dir", "folder", "test_folder") if s[k]}
+    keep = {k: _text(v) if k in ("layers", "decoder_widths") and v else v for k,v in s.items()
+            if k not in ("out", "resume", "quiet")}
     stop = [callbacks.EarlyStopping(s["patience"])] if s["patience"] else []
-    reporter = _Reporter(data.name, s["quiet"])
-    try: history = training.fit(net, data, cfg, path, s["resume"], device, reporter, dict(settings=keep), callbacks=stop)
-    except callbacks.Interrupted as e:
-        again = _launch(world)+shlex.join(["capsule_train", "--resume", "--out", str(path)])
-        e.args = (f"{str(e).removesuffix(', go on with --resume')}; go on with: {again}",)
-        raise
-    finally: reporter.close()
+    again = _launch(world)+shlex.join(["capsule_train", "--resume", "--out", str(path)])
+    with _Reporter(data.name, s["quiet"], f"; go on with: {again}") as reporter:
+        history = training.fit(net, data, cfg, path, s["resume"], device, reporter, dict(settings=keep), callbacks=stop)
     if not rank: _summary(s, data, history, path, device, world, _pictures(net, data, path))
     return history
 
@@ -398,37 +395,34 @@ def _announce(s, data, net, path):
     from capsule_routing.capsnet import count_params
     if data.note: print(data.note, flush=True)
     if s["quiet"]: return
-    shape,k,iters = "x".join(map(str, data.train.image_shape)),len(data.train.classes),net.cfg.n_iters
+    k,shape = len(data.train.classes),"x".join(map(str, data.train.image_shape))
+    iters = f"{net.cfg.n_iters} routing iterations, " if net.cfg.n_iters else ""
     _say(data=f"{data.name}: {len(data.train):,} training and {len(data.test):,} test images, {shape}, {k} classes",
-         network=f"{count_params(net):,} parameters, "+(f"{iters} routing iterations, " if iters else "")+
-                 f"with{'' if net.cfg.decoder else 'out'} reconstruction", run=path)
+         network=f"{count_params(net):,} parameters, {iters}with{'' if net.cfg.decoder else 'out'} reconstruction", run=path)
 
 def _pictures(net, data, path):
     "Write the pictures of a finished run; their paths, none where that fails"
-    if net.decoder is None: return []
-    try:
-        from capsule_routing.visualize import save_training_figures
-        return save_training_figures(net, data, path)
+    from capsule_routing.visualize import save_training_figures
+    try: return [] if net.decoder is None else save_training_figures(net, data, path)
     except Exception as e:
         why = _one_line(e, 200) or type(e).__name__
         print(f"capsule_train: no pictures ({why}); the run is complete", file=sys.stderr, flush=True)
         return []
 
 # %% ../nbs/18_commands.ipynb #summary
-def _summary(s, data, history, path, device, world=1, pictures=()):
+def _summary(s, data, history, path, device, world, pictures):
     "What a run ends with"
     from capsule_routing import machine, runs
-    right = lambda r, more: _right(r["test_errors"], r["test_n"], data.name)+more
-    total = lambda k: sum(r[k] for r in history)
-    best,used = min(history, key=lambda r: r["test_errors"]),machine.peak_memory(device)
+    right = lambda r: _right(r["test_errors"], r["test_n"], data.name)
+    train,test,n = (sum(r[k] for r in history) for k in ("seconds", "test_seconds", "n"))
+    last,best,used = history[-1],min(history, key=lambda r: r["test_errors"]),machine.peak_memory(device)
     done = {k: v for k,v in runs.read_json(path/runs.CONFIG)["training"].items() if k in ("precision", "threads")}
-    _say(accuracy=right(history[-1], " test images"),
-         best=best is not history[-1] and right(best, f" after epoch {best['epoch']}, picked by its test errors"),
-         note=data.note, time=f"{total('seconds'):.1f} s training, {total('test_seconds'):.1f} s testing",
-         speed=f"{total('n')/max(total('seconds'), 1e-9):,.0f} images/s", memory=used and f"{used/1e9:.2f} GB at most",
-         device=f"{device}, {done['precision']}, {done['threads']} thread"+"s"*(done["threads"] != 1)+
-                f", {world} processes"*(world > 1),
-         run=path, pictures=", ".join(map(str, pictures)),
+    where = f"{device}, {done['precision']}, {done['threads']} thread"+"s"*(done["threads"] != 1)
+    _say(accuracy=right(last)+" test images",
+         best=best is not last and f"{right(best)} after epoch {best['epoch']}, picked by its test errors",
+         note=data.note, time=f"{train:.1f} s training, {test:.1f} s testing",
+         speed=f"{n/max(train, 1e-9):,.0f} images/s", memory=used and f"{used/1e9:.2f} GB at most",
+         device=where+f", {world} processes"*(world > 1), run=path, pictures=", ".join(map(str, pictures)),
          repeat=_launch(world)+_command(capsule_train, s | done, ("out", "resume", "quiet")),
          evaluate=shlex.join(["capsule_evaluate", str(path)]))
 
@@ -445,34 +439,29 @@ def _ready(r, no_cuda, precision):
     from capsule_routing.machine import pick_device
     return r.net.to(pick_device(no_cuda)),precision or (r.config.get("training") or {}).get("precision", "auto")
 
+# %% ../nbs/18_commands.ipynb #test-data
 def _test_data(r, s, named):
     "The data to look at run `r` with: its own, or what the options name"
+    from capsule_routing.training import check_fits
     c,h,w = r.cfg.image_shape
     about = r.config.get("data") or {}
     own = _recorded(r.config) or dict(dataset=about.get("name"))
-    mine = {k: s[k] for k in ("dataset", "data_dir", "folder", "test_folder", "size", "channels") if k in named}
+    mine = {k: v for k,v in _only(_data, s).items() if k in named}
     want = mine if "dataset" in mine else own | mine
-    if "folder" in mine:                                             # all of the tree is the test
+    if "folder" in mine:                                               # all of the tree is the test
         want = dict(size=h if h == w else None, channels=c, test_folder=mine["folder"]) | mine
-    if not want.get("folder") and want.get("dataset") not in DATASETS:
-        raise BadValue("dataset", want.get("dataset"), "can't be loaded; name other data with --dataset or --folder")
-    data = _data({**want, "limit": None}, s.get("json"))
-    _check_fit(r, data, want, about.get("classes"))
-    if want.get("dataset") == own.get("dataset") == "glyphs": data = data._replace(note=about.get("note"))
-    return data
-
-def _check_fit(r, data, want, names):
-    "Refuse images and classes that are not those of the run"
-    says = lambda shape, n: f"{'x'.join(map(str, shape))} in {n} classes"
-    few = lambda names: ", ".join(names[:3])+"…"*(len(names) > 3)
-    mine,arg = list(data.test.classes),"folder" if data.name == "folder" else "dataset"
-    got,takes = says(data.test.image_shape, len(mine)),says(r.cfg.image_shape, r.cfg.n_classes)
-    why = f"its images are {got}, the network of {r.path} takes {takes}" if got != takes else None
-    if not why and names and names != mine: why = f"its classes are {few(mine)}, those of {r.path} are {few(names)}"
-    if why: raise BadValue(arg, want.get(arg) or data.name, why)
+    name = want.get("dataset") or ("folder" if want.get("folder") else None)
+    if name not in DATASETS: raise BadValue("dataset", name, "can't be loaded; name data with --dataset or --folder")
+    data = _data(**dict(seed=0) | _only(_data, want) | dict(limit=None, quiet=s.get("json")))
+    check_fits(r.net, data)
+    mine,theirs = list(data.test.classes),about.get("classes")
+    if theirs and mine != theirs:
+        few = [", ".join(names[:3])+"…"*(len(names) > 3) for names in (mine, theirs)]
+        raise BadValue("folder", want.get("folder"), f"its classes are {few[0]}, those of {r.path} are {few[1]}")
+    return data._replace(note=about.get("note")) if name == own.get("dataset") == "glyphs" else data
 
 # %% ../nbs/18_commands.ipynb #capsule-evaluate
-@verb("capsule_evaluate runs/mnist-1", {capsule_train: "data_dir folder test_folder size channels import_ no_cuda"})
+@verb("capsule_evaluate runs/mnist-1", {_data: "data_dir folder test_folder size channels", capsule_train: "import_ no_cuda"})
 def capsule_evaluate(
     run:str, *,            # Run folder, or mnist for the network in the package
     weights:str="last",    # The last weights, or the best, which were picked by their test errors
@@ -557,7 +546,7 @@ def _show_predictions(found, x, picture, invert):
 
 # %% ../nbs/18_commands.ipynb #capsule-explore
 @verb("capsule_explore runs/mnist-1 --out sliders.html --no-open",
-      {capsule_train: "data_dir folder test_folder size channels import_"}, images=IntRange(1, 1000), out=Place(".html"))
+      {_data: "data_dir folder test_folder size channels", capsule_train: "import_"}, images=IntRange(1, 1000), out=Place(".html"))
 def capsule_explore(
     run:str=None, *,       # Run folder; without it the network in the package
     out:str=None,          # The page, an .html file; without it explore.html in the run folder, or here
@@ -591,8 +580,8 @@ def capsule_explore(
 
 # %% ../nbs/18_commands.ipynb #capsule-bench
 @verb("capsule_bench --parts step,routing --out speed.json",
-      {TrainConfig: "batch_size threads", capsule_train: "no_cuda conv_channels primary_types primary_size class_size "
-       "decoder_widths"}, parts=Listed(Choice(BENCH_PARTS)), out=Place(".json"))
+      {TrainConfig: "batch_size threads", capsule_train: "no_cuda",
+       _network: "conv_channels primary_types primary_size class_size decoder_widths"}, parts=Listed(Choice(BENCH_PARTS)), out=Place(".json"))
 def capsule_bench(*,
     parts:str=None, # With commas between: limits, step, shares, routing, inference, growth, epoch, epoch_compiled; without it all, but the epochs only on a GPU
     n:int=7,        # Turns of each contender
@@ -622,7 +611,7 @@ def capsule_bench(*,
 
 # %% ../nbs/18_commands.ipynb #capsule-reproduce
 @verb("capsule_reproduce table1 --recipe fast --seeds 1",
-      {capsule_train: "limit data_dir no_cuda quiet",
+      {_data: "data_dir limit", capsule_train: "no_cuda quiet",
        TrainConfig: "precision compile threads deterministic log_interval checkpoint_minutes"},
       rows=Listed(click.STRING), seeds=Listed(TYPES["seed"]), dataset=Choice(("mnist", "fashion_mnist", "kmnist", "glyphs")))
 def capsule_reproduce(
@@ -656,18 +645,14 @@ def capsule_reproduce(
 # %% ../nbs/18_commands.ipynb #reproduce-body
 def _reproduce(t, seeds, s, quiet):
     "Train what is not trained yet, a first of every row before a second of one; their results"
-    from capsule_routing import callbacks, machine, results
+    from capsule_routing import machine, results
     data,every = t.data(s["data_dir"], s["limit"], s["dataset"]),[(seed, r) for seed in seeds for r in t.rows]
+    how = {k: v for k,v in s.items() if k != "no_cuda"} | dict(device=machine.pick_device(s["no_cuda"]), data=data)
     for i,(seed,r) in enumerate(every, 1):
         if not quiet: print(f"run {i} of {len(every)}: {r.title}, seed {seed}", flush=True)
-        reporter,how = _Reporter(data.name, quiet),{k: v for k,v in s.items() if k != "no_cuda"}
         command = _command(capsule_reproduce, dict(rows=r.name, seeds=seed) | s, ("out", "data_dir"), (t.name,))
-        try: got = results.run_row(t, r, seed, **how, device=machine.pick_device(s["no_cuda"]), reporter=reporter,
-                                   command=command, data=data)
-        except callbacks.Interrupted as e:
-            e.args = (f"{str(e).removesuffix('go on with --resume')}the same command goes on with it",)
-            raise
-        finally: reporter.close()
+        with _Reporter(data.name, quiet, ", the same command goes on with it") as reporter:
+            got = results.run_row(t, r, seed, **how, reporter=reporter, command=command)
         wrong = f"{got['metrics']['error']:.2f}% ({got['n_errors']:,} of {got['n']:,})"
         if not quiet: print(f"  error {wrong}, {got['seconds']:.0f} s", flush=True)
         yield got
