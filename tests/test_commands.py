@@ -641,7 +641,10 @@ def test_bench(run_cmd, tmp_path):
 
 def test_bench_parts(monkeypatch):
     from capsule_routing import speed
+    seen = []
+    monkeypatch.setattr(speed, "run_bench", lambda parts, *a: seen.append(tuple(parts)) or {})
+    monkeypatch.setattr(speed, "bench_table", lambda res: "")
     assert commands.BENCH_PARTS == speed.PARTS
-    assert commands._parts(None, False) == tuple(p for p in speed.PARTS if not p.startswith("epoch")) and commands._parts(None, True) == speed.PARTS
-    assert commands._parts("growth, STEP", False) == ("growth", "step")
-    with pytest.raises(ValueError, match="parts='warp': must be one of"): capsule_bench(parts="warp")
+    for args in ([], ["--parts", "growth, STEP"]): assert run_verb(capsule_bench, [*args, "--no-cuda"]) == 0
+    assert seen == [tuple(p for p in speed.PARTS if not p.startswith("epoch")), ("growth", "step")]
+    with pytest.raises(ValueError, match="parts='warp': 'warp' is not one of"): capsule_bench(parts="warp")
