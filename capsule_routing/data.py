@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'MAX_PIXELS', 'DATASETS', 'GLYPHS_TRAIN', 'GLYPHS_TEST', 'GLYPHS_TEST_SEED', 'ImageSet', 'ImageData',
-           'shift_images', 'Batch', 'epoch_plan', 'batches', 'eval_batches', 'read_image', 'load_folder', 'load_data',
+           'Batch', 'shift_images', 'epoch_plan', 'batches', 'eval_batches', 'read_image', 'load_folder', 'load_data',
            'NAMED', 'DataUnavailable', 'default_data_dir']
 
 # %% ../nbs/08_data.ipynb #data-imports
@@ -65,6 +65,13 @@ class ImageData(NamedTuple):
     test:ImageSet   # Test images
     note:str=None   # One line to show, where the data are not what a reader would expect
 
+class Batch(NamedTuple):
+    "What a network is trained on in one step, or measured on."
+    x:Tensor           # Images, float32 `(b, c, h, w)` in [0, 1]
+    y:Tensor           # Labels: int64 `(b,)`, or one row per image
+    index:Tensor=None  # Rows of the `ImageSet` that they come from, `(b,)`
+    parts:Tensor=None  # Each thing in an image alone, `(b, k, c, h, w)`, where it holds several
+
 # %% ../nbs/08_data.ipynb #shift-images
 def shift_images(
     x:Tensor,   # Images `(b, c, h, w)`, any dtype
@@ -81,14 +88,6 @@ def shift_images(
     x = x.gather(2, rows.clamp(0, h - 1)[:, None, :, None].expand(b, c, h, w))
     x = x.gather(3, cols.clamp(0, w - 1)[:, None, None, :].expand(b, c, h, w))
     return x * inside[:, None]                                  # (b, c, h, w)
-
-# %% ../nbs/08_data.ipynb #batch
-class Batch(NamedTuple):
-    "What a network is trained on in one step, or measured on."
-    x:Tensor           # Images, float32 `(b, c, h, w)` in [0, 1]
-    y:Tensor           # Labels: int64 `(b,)`, or one row per image
-    index:Tensor=None  # Rows of the `ImageSet` that they come from, `(b,)`
-    parts:Tensor=None  # Each thing in an image alone, `(b, k, c, h, w)`, where it holds several
 
 # %% ../nbs/08_data.ipynb #epoch-plan
 def epoch_plan(
@@ -132,13 +131,8 @@ def batches(
     return map(batch, shares)
 
 # %% ../nbs/08_data.ipynb #eval-batches
-def eval_batches(
-    ds:ImageSet,          # Images on any device
-    batch_size:int=1000,  # Images in a global batch
-    rank:int=0,           # This process, 0 to `world - 1`
-    world:int=1,          # Processes that share each batch
-) -> Iterator[Batch]:     # Batches on the device of `ds`
-    "Every image once, in order, where it is."
+def eval_batches(ds:ImageSet, batch_size:int=1000, rank:int=0, world:int=1) -> Iterator[Batch]:
+    "Every image once, in order, where it is; the arguments are those of `batches`."
     return batches(ds, batch_size, shift=0, shuffle=False, rank=rank, world=world)
 
 # %% ../nbs/08_data.ipynb #open-image
@@ -257,22 +251,6 @@ def load_folder(
 DATASETS = (*NAMED, 'folder', 'glyphs')
 GLYPHS_TRAIN, GLYPHS_TEST, GLYPHS_TEST_SEED = 10_000, 2_000, 2**32 # the same in every run
 
-def _load(name, data_dir, timeout, progress, own):
-    if name == 'folder': return ImageData(name, *load_folder(**own, progress=progress))
-    if name == 'glyphs':
-        drawn = make_glyphs(GLYPHS_TRAIN), make_glyphs(GLYPHS_TEST, GLYPHS_TEST_SEED)
-        sets = (ImageSet(g.x, g.y, range(10), g.factors, g.factor_names) for g in drawn)
-        return ImageData(name, *sets)
-    try:
-        *sets, classes = load_named(name or 'mnist', data_dir, timeout, progress)
-        return ImageData(name or 'mnist', *(ImageSet(*s, classes) for s in sets))
-    except DataUnavailable:
-        if name: raise
-    where = data_dir or default_data_dir()
-    return _load('glyphs', data_dir, timeout, progress, own)._replace(
-        note=f'MNIST is neither in {where} nor reachable: using glyphs, digits drawn from fonts, instead')
-
-# %% ../nbs/08_data.ipynb #full-name
 def _full_name(name, **own):
     "One of `DATASETS`, None where MNIST or the glyphs will do."
     if name is not None: name = one_of('dataset', name, DATASETS)
@@ -283,6 +261,14 @@ def _full_name(name, **own):
         if v is not None and name != 'folder':
             raise BadValue(k, v, f'is only for the data set folder, not for {name or "mnist"}')
     return name
+
+def _load(name, data_dir, timeout, progress, own):
+    if name == 'folder': return ImageData(name, *load_folder(**own, progress=progress))
+    if name == 'glyphs':
+        drawn = make_glyphs(GLYPHS_TRAIN), make_glyphs(GLYPHS_TEST, GLYPHS_TEST_SEED)
+        return ImageData(name, *(ImageSet(g.x, g.y, range(10), g.factors, g.factor_names) for g in drawn))
+    *sets, classes = load_named(name, data_dir, timeout, progress)
+    return ImageData(name, *(ImageSet(*s, classes) for s in sets))
 
 # %% ../nbs/08_data.ipynb #load-data-2
 def load_data(
@@ -300,8 +286,11 @@ def load_data(
 ) -> ImageData:           # Training and test images
     "Load a data set into memory."
     own = dict(folder=folder, test_folder=test_folder, size=size, channels=channels)
-    name = _full_name(name, **own)
+    name, wish = _full_name(name, **own), (data_dir, timeout, progress, dict(own, seed=seed))
     if limit is not None: whole('limit', limit)
-    number('timeout', timeout, hi=1e6, above=True)
-    data = _load(name, data_dir, timeout, progress, dict(own, seed=seed))
-    return data if limit is None else data._replace(train=data.train.take(limit))
+    try: data = _load(name or 'mnist', *wish)
+    except DataUnavailable:
+        if name: raise
+        data = _load('glyphs', *wish)._replace(note=f'MNIST is neither in {data_dir or default_data_dir()} '
+            'nor reachable: using glyphs, digits drawn from fonts, instead')
+    return data._replace(train=data.train.take(limit))

@@ -14,16 +14,14 @@ from shutil import rmtree
 from subprocess import DEVNULL, PIPE, Popen
 from tempfile import TemporaryDirectory
 
-import numpy as np
 import torch
 
-from .checks import BadValue
+from .checks import BadValue, number
 
-# %% ../nbs/07b_downloads.ipynb #data-unavailable
+# %% ../nbs/07b_downloads.ipynb #data-dir
 class DataUnavailable(RuntimeError):
     "A data set that is neither on disk nor reachable."
 
-# %% ../nbs/07b_downloads.ipynb #data-dir
 def default_data_dir(
 ) -> Path: # `$CAPSULE_ROUTING_DATA`, else a folder in the user's cache
     "Where data sets are kept when nothing else is said."
@@ -51,7 +49,7 @@ def _read_idx(archive, md5):
     n = body[3] if body[:3] == b'\0\0\x08' and len(body) > 15 else 0     # number of axes
     shape = struct.unpack(f'>{n}I', body[4:4 + 4*n]) if n in (1, 3) else ()
     if not shape or len(body) != 4 + 4*n + prod(shape): raise OSError(f'{path} is damaged')
-    return torch.from_numpy(np.frombuffer(body, np.uint8)[4 + 4*n:].reshape(shape).copy())
+    return torch.frombuffer(bytearray(body), dtype=torch.uint8)[4 + 4*n:].reshape(shape)
 
 def _read(cls, root):
     "Images `(n, c, h, w)` and labels for training and for testing, names of the classes; or OSError."
@@ -105,7 +103,7 @@ def _fetch(url, path, md5, timeout, progress):
     if child.returncode: raise OSError(ascii(error[-1])[1:-1] if error else 'broken off')
     if not check_integrity(path, md5): raise OSError(f'its {path.stat().st_size:,} bytes are not the file')
 
-# %% ../nbs/07b_downloads.ipynb #download
+# %% ../nbs/07b_downloads.ipynb #fetch-any
 def _fetch_any(urls, path, md5, timeout, progress):
     "Download a file from the first address that has it; OSError says what was tried."
     tried = []
@@ -115,10 +113,12 @@ def _fetch_any(urls, path, md5, timeout, progress):
         path.unlink(missing_ok=True)
     raise OSError('; '.join(tried))
 
+# %% ../nbs/07b_downloads.ipynb #download
 def _download(cls, root, timeout, progress):
     "Make a data set whole."
     from torchvision.datasets.utils import check_integrity, extract_archive
     servers, archives = _sources(cls)
+    for old in root.glob('.download-*'): rmtree(old, ignore_errors=True) # its process was killed
     with TemporaryDirectory(prefix='.download-', dir=root) as new:
         for name, md5 in archives.items():
             archive, here = root/name, Path(new, name).parent
@@ -132,10 +132,20 @@ def _download(cls, root, timeout, progress):
             place.parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, place)
 
+# %% ../nbs/07b_downloads.ipynb #lock
+def _lock(path, timeout, progress):
+    "Wait for a lock, not silently; filelock's Timeout is an OSError."
+    from filelock import FileLock, Timeout
+    lock = FileLock(path)
+    with suppress(Timeout): return lock.acquire(timeout=0)
+    if progress: print(f'waiting for another process, which holds {path}', file=sys.stderr)
+    return lock.acquire(timeout=timeout)
+
 # %% ../nbs/07b_downloads.ipynb #load-named
 def load_named(name, data_dir=None, timeout=30, progress=True):
     "Training images and labels, test images and labels, and class names of a set in `NAMED`."
     from torchvision import datasets
+    number('timeout', timeout, hi=1e6, above=True)
     cls = getattr(datasets, NAMED[name])
     root = Path(data_dir).expanduser() if data_dir else default_data_dir()
     if root.exists() and not root.is_dir(): raise BadValue('data_dir', str(root), 'must be a folder')
@@ -144,17 +154,8 @@ def load_named(name, data_dir=None, timeout=30, progress=True):
     try:
         root.mkdir(parents=True, exist_ok=True)
         with _lock(root/'.download.lock', 10 * timeout, progress):
-            for old in root.glob('.download-*'): rmtree(old, ignore_errors=True) # of a killed process
             _download(cls, root, timeout, progress)
             return _read(cls, root)
     except OSError as e:
         raise DataUnavailable(f'{cls.__name__}: {wrong}, and could not be downloaded: {e}; name the '
             'folder that holds it with --data-dir, or use --dataset glyphs') from None
-
-def _lock(path, timeout, progress):
-    "Wait for a lock, not silently; filelock's Timeout is an OSError."
-    from filelock import FileLock, Timeout
-    lock = FileLock(path)
-    with suppress(Timeout): return lock.acquire(timeout=0)
-    if progress: print(f'waiting for another process, which holds {path}', file=sys.stderr)
-    return lock.acquire(timeout=timeout)

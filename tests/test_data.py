@@ -187,7 +187,7 @@ def test_an_unknown_name_brings_the_nearest(name, near):
 @pytest.mark.parametrize("args, kw, text", [
     (("zzz",), {}, "dataset='zzz': must be one of mnist, "), (("folder",), {}, "--folder"), (("glyphs",), dict(limit=0), "limit=0"),
     (("mnist",), dict(folder="x"), "folder='x': is only for"), (("glyphs",), dict(channels=1), "channels=1: is only for"),
-    (("glyphs",), dict(timeout=0), "timeout=0"), (("glyphs",), dict(timeout=float("nan")), "timeout=nan")])
+    (("mnist",), dict(timeout=0), "timeout=0"), (("mnist",), dict(timeout=float("nan")), "timeout=nan")])
 def test_bad_arguments_are_named(args, kw, text):
     with pytest.raises(ValueError, match=text): load_data(*args, **kw)
 
