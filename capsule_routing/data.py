@@ -68,9 +68,13 @@ class ImageData(NamedTuple):
 class Batch(NamedTuple):
     "What a network is trained on in one step, or measured on."
     x:Tensor           # Images, float32 `(b, c, h, w)` in [0, 1]
-    y:Tensor           # Labels: int64 `(b,)`, or one row per image
+    y:Tensor           # Classes, int64 `(b,)`, or several of each image `(b, k)`
     index:Tensor=None  # Rows of the `ImageSet` that they come from, `(b,)`
     parts:Tensor=None  # Each thing in an image alone, `(b, k, c, h, w)`, where it holds several
+
+    def nothing(self):
+        "One black image of class 0 in the form of this batch: the share of a process that has none."
+        return Batch(*(t if t is None else t.new_zeros(1, *t.shape[1:]) for t in self))
 
 # %% ../nbs/08_data.ipynb #shift-images
 def shift_images(
