@@ -95,6 +95,7 @@ def _plain(v, depth=MAX_DEPTH):
     if type(v) is list: return depth > 0 and all(_plain(x, depth-1) for x in v)
     return type(v) not in (int, float) or -1e300 < v < 1e300
 
+# %% ../nbs/09_runs.ipynb #parse-json
 def _parse(raw:bytes, path, kind:type, what:str):
     "JSON of a given kind, `dict` or `list`, or one line that names the file."
     if len(raw) > MAX_JSON or raw.count(b"{") + raw.count(b"[") > MAX_OBJECTS:
@@ -117,12 +118,13 @@ def network_spec(cfg) -> dict:
     with torch.device("meta"): return _shapes(build_net(cfg).state_dict())
 
 def _network(config, path) -> tuple:
-    "Sizes from the config that a file carries, and the bytes of such a network; or one line that names the file."
+    "Sizes from the config that a file carries, and the bytes of such a network, or one line."
     try:
         if (n := config["format"]) not in (1, FORMAT): raise ValueError(f"run format {shown(n)}, not 1 or {FORMAT}")
         if len(json.dumps(config["network"])) > 10_000: raise ValueError("too long")
         spec = network_spec(cfg := config_from_dict(config["network"])).values()
-        if (n := sum(math.prod(s) for s, _ in spec)) > MAX_PARAMS: raise ValueError(f"{n} weights, {MAX_PARAMS} at most")
+        n = sum(math.prod(s) for s, _ in spec)
+        if n > MAX_PARAMS: raise ValueError(f"{n} weights where at most {MAX_PARAMS} are loaded")
     except Exception as e: raise _problem(path, f"its config makes no network: {e or type(e).__name__}") from None
     return cfg, sum(math.prod(s)*t.itemsize for s, t in spec)
 
@@ -152,6 +154,9 @@ def first_nonfinite(tensors:dict) -> Optional[str]:
     "The name of a tensor that holds NaN or infinity, or None."
     return next((k for k, t in tensors.items() if not t.isfinite().all()), None)
 
+def _weights(tensors): return {k: t for k, t in tensors.items() if not k.startswith((OPTIM, CALLBACKS, SUMS))}
+
+# %% ../nbs/09_runs.ipynb #read-tensors-file
 def read_tensors(path) -> tuple:
     "`(tensors, meta, network)` of a file of `write_tensors`; one line if it is not exactly what was written."
     with _open(path) as f:
@@ -170,11 +175,10 @@ def read_tensors(path) -> tuple:
     if (k := first_nonfinite(tensors)): raise _problem(path, f"{k!r} holds NaN or infinity")
     try:
         _check(meta, _META)
-        (net := build_net(cfg)).load_state_dict(_weights(tensors))
+        with torch.random.fork_rng(devices=[]): net = build_net(cfg)
+        net.load_state_dict(_weights(tensors))
     except (BadValue, RuntimeError) as e: raise _problem(path, e) from None
     return tensors, meta, net.eval()
-
-def _weights(tensors): return {k: t for k, t in tensors.items() if not k.startswith((OPTIM, CALLBACKS, SUMS))}
 
 # %% ../nbs/09_runs.ipynb #check-rebuilds
 def _parts(net) -> dict:
@@ -193,7 +197,7 @@ def check_rebuilds(net:nn.Module):
         what = [f"{k} is {a.get(k, 'missing')} where its config makes {b.get(k, 'nothing')}"
                 for k in {**b, **a} if a.get(k) != b.get(k)][:1]
     except Exception as e: what = [f"its config makes no network: {e or type(e).__name__}"]
-    if what: raise BadValue("net", type(net).__name__, f"{what[0]}; register your own layers and name them in the config")
+    if what: raise BadValue("net", type(net).__name__, f"{what[0]}; register your layers and name them in the config")
 
 # %% ../nbs/09_runs.ipynb #lock-run
 class RunLocked(BlockingIOError):
@@ -224,6 +228,7 @@ def make_folder(path:Path) -> Path:
     except OSError as e: raise type(e)(e.errno, f"cannot make the run folder: {e.strerror}", str(path)) from None
     return path
 
+# %% ../nbs/09_runs.ipynb #save-run-folder
 def save_run(
     path,                         # Folder to make or replace
     net:nn.Module,                # Network whose weights are saved
@@ -234,8 +239,8 @@ def save_run(
     check_rebuilds(net)
     path, weights = Path(path), net.state_dict()
     if (k := first_nonfinite(weights)): raise BadValue("net", k, "holds NaN or infinity; such weights are not saved")
-    meta = _parse(to_json(dict(config=full_config(net, config), history=history or [])), path, dict, "what it should hold")
-    _check(meta, _META)                               # or it could not be loaded
+    meta = to_json(dict(config=full_config(net, config), history=history or []))
+    _check(meta := _parse(meta, path, dict, "what it should hold"), _META)     # or it could not be loaded
     with lock_run(make_folder(path)) as held:
         write_atomic(path/CONFIG, to_json(meta["config"]), held)
         for name in (BEST, LAST): write_tensors(path/name, weights, dict(meta, file=name), held)
@@ -251,6 +256,7 @@ class Run(NamedTuple):
     config:dict     # What made it
     history:list    # One dict an epoch, up to these weights
 
+# %% ../nbs/09_runs.ipynb #load-run-files
 def _read(path:Path, name:str, alone=False) -> tuple:
     "As `read_tensors`, of a folder whose config is of the same run; `alone`: or is not there."
     tensors, meta, net = read_tensors(path/name)
@@ -292,7 +298,8 @@ def pack_optimizer(net:nn.Module, opt:torch.optim.Optimizer) -> tuple:
 def unpack_optimizer(net:nn.Module, opt:torch.optim.Optimizer, tensors:dict, meta:Optional[dict], step:int):
     "Give a fresh optimizer back what was packed after `step` steps (`meta` None: Adam, in a folder of format 1)."
     moved, fresh, kind = _moved(net, opt), opt.state_dict()["param_groups"], type(opt).__name__
-    was, machine = meta or dict(kind="Adam", names=list(moved), state=[], groups=fresh), ("fused", "foreach", "capturable")
+    was = meta or dict(kind="Adam", names=list(moved), state=[], groups=fresh)
+    machine = ("fused", "foreach", "capturable")                  # how this one computes, not what
     try:
         if (was["kind"], was["names"]) != (kind, list(moved)): raise ValueError(f"it is of {was['kind']}, this is {kind}")
         groups = [{**w, **{k: g[k] for k in machine if k in g}} for g, w in zip(fresh, was["groups"], strict=True)]
@@ -305,7 +312,8 @@ def unpack_optimizer(net:nn.Module, opt:torch.optim.Optimizer, tensors:dict, met
             if meta is None: opt.state[moved[name]]["step"] = torch.tensor(float(step))
         for name, key, v in was["state"]: opt.state[moved[name]][key] = v
         for p, s in opt.state.items():                            # a count stays on the CPU unless the pass is fused
-            s.update({k: t.to(p.device) for k, t in s.items() if isinstance(t, Tensor) and (t.ndim or opt.defaults.get("fused"))})
+            there = {k: t for k, t in s.items() if isinstance(t, Tensor) and (t.ndim or opt.defaults.get("fused"))}
+            s.update({k: t.to(p.device) for k, t in there.items()})
     except (LookupError, ValueError, TypeError) as e: raise _problem(LAST, f"its optimizer does not fit: {e}") from None
 
 # %% ../nbs/09_runs.ipynb #checkpoint
@@ -328,13 +336,15 @@ def read_checkpoint(path) -> Checkpoint:
     "Read `last.safetensors`, the only file that matters when a run goes on; counters that disagree are refused."
     tensors, m, _ = _read(path := Path(path), LAST, alone=True)
     try:
-        sums, step, size, n = tensors[SUMS], m["step"], m["config"]["training"]["batch_size"], m["config"]["data"]["n_train"]
-        rows, steps, _ = [r["epoch"] for r in m["history"]], -(-n//size), (m["seconds"], m["sessions"])
+        sums, step, rows, _ = tensors[SUMS], m["step"], [r["epoch"] for r in m["history"]], (m["seconds"], m["sessions"])
+        size, n = m["config"]["training"]["batch_size"], m["config"]["data"]["n_train"]
         got = dict(epoch=m["epoch"], step=step, global_step=m["global_step"], history=rows, images=sums[-1].item())
     except KeyError as e: raise _problem(path/LAST, f"holds no training state to go on from ({e} is missing)") from None
+    steps = -(-n//size)
     want = dict(epoch=len(rows) + 1, step=min(step, steps), global_step=len(rows)*steps + step,
                 history=list(range(1, len(rows) + 1)), images=min(step*size, n))
     for k in got:
-        if got[k] != want[k]: raise _problem(path/LAST, f"{k}={shown(got[k])}: must be {shown(want[k])} at step {step} of {steps}")
+        if got[k] != want[k]:
+            raise _problem(path/LAST, f"{k}={shown(got[k])}: must be {shown(want[k])} at step {step} of {steps}")
     moments = {k: t for k, t in tensors.items() if k.startswith((OPTIM, CALLBACKS))}
     return Checkpoint(_weights(tensors), moments, sums, m)
