@@ -301,7 +301,7 @@ def unpack_optimizer(net:nn.Module, opt:torch.optim.Optimizer, tensors:dict, met
     was = meta or dict(kind="Adam", names=list(moved), state=[], groups=fresh)
     machine = ("fused", "foreach", "capturable")                  # how this one computes, not what
     try:
-        if (was["kind"], was["names"]) != (kind, list(moved)): raise ValueError(f"it is of {was['kind']}, this is {kind}")
+        if (was["kind"], was["names"]) != (kind, list(moved)): raise ValueError(f"{was['kind']} was there, not {kind}")
         groups = [{**w, **{k: g[k] for k in machine if k in g}} for g, w in zip(fresh, was["groups"], strict=True)]
         opt.load_state_dict(dict(state={}, param_groups=groups))
         for full, t in tensors.items():
@@ -312,8 +312,8 @@ def unpack_optimizer(net:nn.Module, opt:torch.optim.Optimizer, tensors:dict, met
             if meta is None: opt.state[moved[name]]["step"] = torch.tensor(float(step))
         for name, key, v in was["state"]: opt.state[moved[name]][key] = v
         for p, s in opt.state.items():                            # a count stays on the CPU unless the pass is fused
-            there = {k: t for k, t in s.items() if isinstance(t, Tensor) and (t.ndim or opt.defaults.get("fused"))}
-            s.update({k: t.to(p.device) for k, t in there.items()})
+            for k, t in s.items():
+                if isinstance(t, Tensor) and (t.ndim or opt.defaults.get("fused")): s[k] = t.to(p.device)
     except (LookupError, ValueError, TypeError) as e: raise _problem(LAST, f"its optimizer does not fit: {e}") from None
 
 # %% ../nbs/09_runs.ipynb #checkpoint
@@ -336,8 +336,8 @@ def read_checkpoint(path) -> Checkpoint:
     "Read `last.safetensors`, the only file that matters when a run goes on; counters that disagree are refused."
     tensors, m, _ = _read(path := Path(path), LAST, alone=True)
     try:
-        sums, step, rows, _ = tensors[SUMS], m["step"], [r["epoch"] for r in m["history"]], (m["seconds"], m["sessions"])
-        size, n = m["config"]["training"]["batch_size"], m["config"]["data"]["n_train"]
+        sums, rows, _, _ = tensors[SUMS], [r["epoch"] for r in m["history"]], m["seconds"], m["sessions"]
+        step, size, n = m["step"], m["config"]["training"]["batch_size"], m["config"]["data"]["n_train"]
         got = dict(epoch=m["epoch"], step=step, global_step=m["global_step"], history=rows, images=sums[-1].item())
     except KeyError as e: raise _problem(path/LAST, f"holds no training state to go on from ({e} is missing)") from None
     steps = -(-n//size)
