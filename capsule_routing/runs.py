@@ -136,7 +136,7 @@ _ROW = dict(epoch=1, global_step=0, n=1, lr=0., train_loss=_ANY, train_margin=_A
 _CONFIG = dict(run=("", None), training=dict(batch_size=1), settings=({}, None), data=dict(
     name="", n_train=1, n_test=1, classes=[("", 0)], image_shape=[1], note=("", None)))
 _META = dict(file="", epoch=1, step=0, global_step=0, seconds=0., sessions=[{}], history=[_ROW], config=_CONFIG,
-             optimizer={}, callbacks={})
+             losses=[""], optimizer={}, callbacks={})
 
 def _check(v, like, where=""):
     "`BadValue` if a value, or one within it, is not like an example."
@@ -338,7 +338,7 @@ def read_checkpoint(path) -> Checkpoint:
     try:
         sums, rows, _, _ = tensors[SUMS], [r["epoch"] for r in m["history"]], m["seconds"], m["sessions"]
         step, size, n = m["step"], m["config"]["training"]["batch_size"], m["config"]["data"]["n_train"]
-        got = dict(epoch=m["epoch"], step=step, global_step=m["global_step"], history=rows, images=sums[-1].item())
+        got = dict(epoch=m["epoch"], step=step, global_step=m["global_step"], history=rows, images=sums[-1].item() if len(sums) else 0)
     except KeyError as e: raise _problem(path/LAST, f"holds no training state to go on from ({e} is missing)") from None
     steps = -(-n//size)
     want = dict(epoch=len(rows) + 1, step=min(step, steps), global_step=len(rows)*steps + step,
