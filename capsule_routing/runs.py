@@ -138,12 +138,14 @@ _CONFIG = dict(run=("", None), training=dict(batch_size=1), settings=({}, None),
 _META = dict(file="", epoch=1, step=0, global_step=0, seconds=0., sessions=[{}], history=[_ROW], config=_CONFIG,
              losses=[""], optimizer={}, callbacks={})
 
+_CALLED = {dict: "an object", list: "a list", str: "text", type(None): "null"}
+
 def _check(v, like, where=""):
     "`BadValue` if a value, or one within it, is not like an example."
     if type(like) is tuple: like = next((o for o in like if type(o) is type(v)), like[0])
     if type(like) is int: whole(where, v, like)
     elif type(like) is float: number(where, v, like)
-    elif type(v) is not type(like): raise BadValue(where, v, f"must be of type {type(like).__name__}")
+    elif type(v) is not type(like): raise BadValue(where, v, f"must be {_CALLED[type(like)]}")
     elif type(like) is dict:
         for k in like.keys() & v.keys(): _check(v[k], like[k], f"{where}.{k}".lstrip("."))
     elif type(like) is list:
