@@ -10,12 +10,14 @@ import hashlib, platform, time, warnings
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from signal import Signals as Signal
 from typing import Optional, Union
 import torch
 from torch import nn
 from fastcore.basics import patch
 from . import __version__
 from .checks import BadValue, shown
+from .capsnet import Sizes
 from .baselines import build_net
 from .data import ImageData
 from .machine import (device_name, gather, in_precision, on_machine, peak_memory, pick_compile,
@@ -40,12 +42,14 @@ def new_net(
 # %% ../nbs/10_training.ipynb #trainer
 class Trainer:
     "The state of a training run; `fit` makes one and runs it."
-    def __init__(self, net, data, cfg, path=None, device=None, reporter=None, extra=None, task=None, optimizer=None, callbacks=()):
+    def __init__(self, net, data, cfg, path=None, device=None, reporter=None, extra=None, task=None, optimizer=None,
+                 callbacks=()):
         self.net,self.data,self.cfg,self.reporter,self.extra = net,data,cfg,reporter,dict(extra or {})
         self.path = None if path is None else Path(path)
         self.device = torch.device(device) if device is not None else pick_device()
         self.rank,self.world = rank_world()
-        self.task,self.make_optimizer,self.own = task or task_for(net, data.train, cfg.recon_weight),optimizer,tuple(callbacks)
+        self.task = task or task_for(net, data.train, cfg.recon_weight)
+        self.make_optimizer,self.own = optimizer,tuple(callbacks)
         self.epoch,self.step,self.global_step = 1,0,0        # epoch being trained, steps done in it, and in all
         self.history,self.seconds,self.sessions = [],0.,[]
         self.sums,self.saved,self.resumed = Sums(),None,None # saved: (epoch, step) of the last good checkpoint
@@ -112,11 +116,13 @@ def end_epoch(self:Trainer):
 def test(self:Trainer):
     "Losses and counts on the test set, every image counted once over all processes."
     c,quit = self.cfg,(lambda: self.signum) if self.world == 1 else None
-    e = evaluate(self.shown, self.test_set, c.test_batch_size, c.precision, c.recon_weight, quit, self.rank, self.world, self.task)
+    e = evaluate(self.shown, self.test_set, c.test_batch_size, c.precision, c.recon_weight, quit, self.rank, self.world,
+                 self.task)
     if e is None and self.world == 1: self.interrupt(self.signum)
     got = [o for o in gather(e and (e.n, e.losses, e.metrics)) if o]
     n = sum(o[0] for o in got)
-    return ({k: sum(o[1][k]*o[0] for o in got)/n for k in got[0][1]}, {k: sum(o[2][k] for o in got) for k in got[0][2]}, n)
+    means = {k: sum(o[1][k]*o[0] for o in got)/n for k in got[0][1]}
+    return means,{k: sum(o[2][k] for o in got) for k in got[0][2]},n
 
 # %% ../nbs/10_training.ipynb #call
 @patch
@@ -157,9 +163,10 @@ def interrupt(self:Trainer, signum):
     "Write a checkpoint and raise `Interrupted`."
     if self.keeper: self.keeper.save(self)
     if self.world > 1: torch.distributed.barrier()
-    import signal
-    kept = f"; a checkpoint is in {self.path}, go on with --resume" if self.path else "; there is no run folder, nothing was kept"
-    raise Interrupted(f"stopped by {signal.Signals(signum).name} after step {self.step} of {self.steps} in epoch {self.epoch}{kept}", signum)
+    at = f"stopped by {Signal(signum).name} after step {self.step} of {self.steps} in epoch {self.epoch}"
+    kept = "there is no run folder, nothing was kept"
+    if self.path: kept = f"a checkpoint is in {self.path}, go on with --resume"
+    raise Interrupted(f"{at}; {kept}", signum)
 
 @patch
 def agree(self:Trainer, part):
@@ -195,7 +202,7 @@ def prepare_optimizer(self:Trainer):
     params = [p for p in self.net.parameters() if p.requires_grad]
     if not params: raise BadValue("net", type(self.net).__name__, "must have a weight that is not frozen")
     self.opt = (self.make_optimizer or (lambda ps: adam(ps, self.cfg.lr)))(params)
-    if isinstance(self.opt, torch.optim.LBFGS): raise BadValue("optimizer", "LBFGS", "must make a step without a closure")
+    if isinstance(self.opt, torch.optim.LBFGS): raise BadValue("optimizer", "LBFGS", "must do without a closure")
     for g in self.opt.param_groups: g["scale"] = float(g["lr"])/self.cfg.lr
 
 # %% ../nbs/10_training.ipynb #prepare
@@ -210,8 +217,9 @@ def prepare(self:Trainer, ck:Optional[Checkpoint]):
     mode = "reduce-overhead" if self.device.type == "cuda" else "default"      # on a GPU the launches cost most
     self.model = torch.compile(self.net, mode=mode) if c.compile == "on" else self.net
     if self.world > 1: self.model = nn.parallel.DistributedDataParallel(self.model)
-    self.sessions.append(dict(global_step=self.global_step, device=device_name(self.device), threads=torch.get_num_threads(),
-                              processes=self.world, torch=torch.__version__, capsule_routing=__version__))
+    self.sessions.append(dict(
+        global_step=self.global_step, device=device_name(self.device), threads=torch.get_num_threads(),
+        processes=self.world, torch=torch.__version__, capsule_routing=__version__))
     keeps = self.path is not None and self.rank == 0
     self.keeper = Checkpoints() if keeps else None
     first = [*([Average(c.average)] if c.average else []), Watch()]
@@ -259,11 +267,12 @@ def describe(
 def check_fits(net, data:ImageData):
     "One line if the data does not fit the network."
     for which,ds in (("train", data.train), ("test", data.test)):
-        shape = tuple(getattr(net.cfg, "image_shape", ds.image_shape))
         if len(ds) == 0: raise BadValue("data", data.name, f"its {which} set is empty")
-        if tuple(ds.image_shape) != shape: raise BadValue("data", data.name, f"its images are {tuple(ds.image_shape)}, the network takes {shape}")
-        (lo,hi),n = (int(v) for v in ds.y.aminmax()),getattr(net.cfg, "n_classes", 2**31)
-        if lo < 0 or hi >= n: raise BadValue("data", data.name, f"has class {lo if lo < 0 else hi}, the network knows 0 to {n-1}")
+        is_,takes = tuple(ds.image_shape),tuple(net.cfg.image_shape)
+        if is_ != takes: raise BadValue("data", data.name, f"its images are {is_}, the network takes {takes}")
+        (lo,hi),n = (int(v) for v in ds.y.aminmax()),net.cfg.n_classes
+        bad = lo if lo < 0 else hi
+        if not 0 <= bad < n: raise BadValue("data", data.name, f"has class {bad}, the network knows 0 to {n-1}")
 
 # %% ../nbs/10_training.ipynb #open-run
 @patch
@@ -275,19 +284,21 @@ def open_run(self:Trainer, resume):
         ours = [f for f in (CONFIG, HISTORY, LAST, BEST) if (self.path/f).exists()]
         if resume and LAST in ours: ck = read_checkpoint(self.path)
         elif LAST in ours or BEST in ours:
-            if not resume: raise BadValue("path", str(self.path), "already holds a run; go on with resume, or choose another folder")
+            why = "already holds a run; go on with resume, or choose another folder"
+            if not resume: raise BadValue("path", str(self.path), why)
             raise FileNotFoundError(f"{self.path/LAST}: no such file; there is nothing to go on from")
         elif CONFIG in ours and "format" not in read_json(self.path/CONFIG):
             raise BadValue("path", str(self.path), f"its {CONFIG} is not of a run; choose another folder")
     about = describe(self.data)
     if ck is not None: self.check_same(ck, about)
     c = self.cfg
-    self.cfg = replace(c, precision=pick_precision(c.precision, self.device), compile=pick_compile(c.compile, self.device),
-                       threads=c.threads or torch.get_num_threads())
+    precision,compile = pick_precision(c.precision, self.device),pick_compile(c.compile, self.device)
+    self.cfg = replace(c, precision=precision, compile=compile, threads=c.threads or torch.get_num_threads())
     was = {} if ck is None else {"run": ck.meta["config"].get("run")}
     versions = dict(capsule_routing=__version__, torch=torch.__version__, python=platform.python_version())
-    self.config = full_config(self.net, {**was, **self.extra, "task": self.task.name, "training": asdict(self.cfg),
-                                         "data": about, "device": self.device.type, "versions": versions})
+    self.config = full_config(self.net, {
+        **was, **self.extra, "task": self.task.name, "training": asdict(self.cfg), "data": about,
+        "device": self.device.type, "versions": versions})
     return ck
 
 # %% ../nbs/10_training.ipynb #check-same
@@ -298,7 +309,8 @@ def check_same(self:Trainer, ck:Checkpoint, about:dict):
     now,then = full_config(self.net)["network"],self.net.cfg.from_dict(was["network"]).to_dict()
     for k in now:
         if now[k] != then.get(k): raise BadValue(k, now[k], f"the network in {self.path} has {shown(then.get(k))}")
-    if was.get("task", self.task.name) != self.task.name: raise BadValue("task", self.task.name, f"{begun} {shown(was['task'])}")
+    task = was.get("task", self.task.name)
+    if task != self.task.name: raise BadValue("task", self.task.name, f"{begun} {shown(task)}")
     for k in ("name", "n_train", "n_test", "classes", "image_shape", "sha256"):
         if about[k] != was.get("data", {}).get(k):
             raise BadValue("data", about[k], f"{begun} other data: {k} was {shown(was.get('data', {}).get(k))}")
@@ -322,8 +334,9 @@ def check_alike(self:Trainer):
     "Refuse processes that are about to train something else than process 0."
     mine = {"network": self.config["network"], "weights": digest(self.net.state_dict()), "task": self.task.name,
             **self.config["training"], **{f"data {k}": v for k,v in self.config["data"].items()}}
+    me = f"process {self.rank} of {self.world} differs from process 0, which has"
     for k,v in gather(mine)[0].items():
-        if k != "threads" and mine[k] != v: raise BadValue(k, mine[k], f"process {self.rank} of {self.world} differs from process 0, which has {shown(v)}")
+        if k != "threads" and mine[k] != v: raise BadValue(k, mine[k], f"{me} {shown(v)}")
 
 @patch
 @contextmanager
@@ -333,7 +346,8 @@ def peers(self:Trainer):
     except RuntimeError as e:
         words = ("gloo", "nccl", "connection", "timed out", "timeout", "socket", "peer")
         if self.world == 1 or isinstance(e, PeerLost) or not any(w in str(e).lower() for w in words): raise
-        raise PeerLost(f"process {self.rank} of {self.world} lost another process at epoch {self.epoch}, step {self.step}; {self.last_good()}") from e
+        at = f"epoch {self.epoch}, step {self.step}"
+        raise PeerLost(f"process {self.rank} of {self.world} lost another process at {at}; {self.last_good()}") from e
 
 # %% ../nbs/10_training.ipynb #fit
 def fit(
@@ -351,7 +365,8 @@ def fit(
 ) -> list:                                 # One dict an epoch
     "Train a network, test it after each epoch, keep everything in a run folder."
     if not isinstance(cfg, TrainConfig): raise BadValue("cfg", cfg, "must be a TrainConfig")
-    if not isinstance(net, nn.Module) or not hasattr(net, "cfg"): raise BadValue("net", type(net).__name__, "must be a network with its sizes in `cfg`")
+    if not isinstance(getattr(net, "cfg", None), Sizes):
+        raise BadValue("net", type(net).__name__, "must be a network with its sizes as `cfg`")
     if resume and path is None: raise BadValue("resume", resume, "needs the path of a run folder")
     if resume and not Path(path).is_dir(): raise FileNotFoundError(f"{path}: no such run folder, nothing to go on from")
     check_fits(net, data)
