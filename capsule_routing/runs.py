@@ -338,7 +338,8 @@ def read_checkpoint(path) -> Checkpoint:
     "Read `last.safetensors`, the only file that matters when a run goes on; counters that disagree are refused."
     tensors, m, _ = _read(path := Path(path), LAST, alone=True)
     try:
-        sums, rows, _, _ = tensors[SUMS], [r["epoch"] for r in m["history"]], m["seconds"], m["sessions"]
+        sums, rows = tensors[SUMS], [r["epoch"] for r in m["history"]]
+        _ = m["seconds"], m["sessions"], [r["test_errors"] for r in m["history"]]
         step, size, n = m["step"], m["config"]["training"]["batch_size"], m["config"]["data"]["n_train"]
         got = dict(epoch=m["epoch"], step=step, global_step=m["global_step"], history=rows, images=sums[-1].item() if len(sums) else 0)
     except KeyError as e: raise _problem(path/LAST, f"holds no training state to go on from ({e} is missing)") from None
