@@ -8,7 +8,7 @@ __all__ = ['LOSSES', 'asking', 'as_input', 'predict', 'look', 'named', 'count_er
 
 # %% ../nbs/08b_tasks.ipynb #imports
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Callable, NamedTuple, Optional
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from .registry import task
 from .machine import in_precision, pick_precision
 from .losses import margin_loss, reconstruction_loss
 from .baselines import baseline_loss
-from .data import Batch, batches, eval_batches
+from .data import batches, eval_batches
 
 # %% ../nbs/08b_tasks.ipynb #asking
 @contextmanager
