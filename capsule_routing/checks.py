@@ -13,9 +13,9 @@ if TYPE_CHECKING: from torch import Tensor
 
 # %% ../nbs/00_checks.ipynb #bad-value
 def shown(v) -> str:
-    "A value in at most 80 characters and one line: a tensor by its type and shape, all else as Python writes it."
+    "A value in one short line: a tensor by its type and shape, text whole, all else as Python writes it, cut short."
     if hasattr(v, "backward"): return f"{str(v.dtype).removeprefix('torch.')} {tuple(v.shape)}"
-    return " ".join(reprlib.repr(v).split())[:80]
+    return " ".join((repr(v)[:300] if isinstance(v, str) else reprlib.repr(v)[:80]).split())
 
 class BadValue(ValueError, TypeError):
     "An argument that cannot be used: `field` was `value`, and `why` says what would be right."
