@@ -113,7 +113,7 @@ def command(
     func, # A verb
 ) -> click.Command:
     "What click reads a command line with."
-    docs,params,about = {},[],[func.__doc__]
+    docs,params,about = {},[],[func.__doc__ or ""]
     for f in func.sources: docs |= docments(inspect.unwrap(f))
     for k,p in inspect.signature(func).parameters.items():
         how = dict(type=func.types[k]) if p.annotation is not bool else dict(is_flag=True)
