@@ -167,6 +167,6 @@ def route_factored(
         u,W = u.to(dtype),W.to(dtype)
         if is_transformed(): return route(votes(u, W), n_iters, stop_grad)
         args = W,whole("n_iters", n_iters),stop_grad,low
-        n = 1 if u.is_cuda else -(-len(u) // max(32, 650_000 // max(1, u.shape[1]*u.shape[2])))  # portions
+        n = 1 if u.is_cuda else -(-len(u) // max(32, 2_600_000 // max(1, u[0].numel()*low.itemsize)))  # portions
         if n <= 1: return _Factored.apply(u, *args)
         return torch.cat([_Factored.apply(p, *args) for p in u.chunk(n)])

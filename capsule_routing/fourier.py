@@ -113,7 +113,7 @@ def _untile(gx, p, shape):
 def _unkernels(gw, p, shape):
     "The transpose of `_kernels`, channels last."
     o,c,k,_ = shape
-    gw = gw.view(p.taps, p.taps, o, p.stride, p.stride, c).permute(2, 0, 3, 1, 4, 5)   # (o, taps, s, taps, s, c)
+    gw = gw.unflatten(2, (p.stride, p.stride, c)).unflatten(0, (p.taps, p.taps)).permute(2, 0, 3, 1, 4, 5)   # (o, taps, s, taps, s, c)
     return gw.reshape(o, p.taps*p.stride, p.taps*p.stride, c)[:, :k, :k].permute(0, 3, 1, 2)
 
 # %% ../nbs/02b_fourier.ipynb #mix
@@ -122,8 +122,21 @@ def _mix(
     x:Tensor, # `(places, n, c)`
 ) -> Tensor:  # `(rows, n, c)`
     "Multiply the places by a matrix, for every image and channel."
-    if x.dtype == torch.bfloat16: return (M @ x.flatten(1)).unflatten(1, x.shape[1:])  # one large product
-    return (M.expand(x.shape[1], *M.shape) @ x.transpose(0, 1)).transpose(0, 1)        # one an image, in the cache
+    if x.dtype == torch.bfloat16: return (M @ x.flatten(1)).unflatten(1, x.shape[1:])
+    return (M.expand(x.shape[1], *M.shape) @ x.transpose(0, 1)).transpose(0, 1)
+
+# %% ../nbs/02b_fourier.ipynb #mix-products
+def _mix_products(
+    M:Tensor, # `(rows, m)`
+    P:Tensor, # `(m, n, k)`
+    Q:Tensor, # `(m, k, c)`
+) -> Tensor:  # `(rows, n, c)`
+    "`_mix(M, P @ Q)`, a part of the `m` products at a time."
+    if P.dtype == torch.bfloat16: return _mix(M, P @ Q)
+    out = P.new_zeros(P.shape[1], len(M), Q.shape[2])           # (n, rows, c)
+    for m,p,q in zip(M.chunk(4, 1), P.chunk(4), Q.chunk(4)):
+        out.baddbmm_(m.expand(len(out), *m.shape), (p @ q).transpose(0, 1))
+    return out.transpose(0, 1)
 
 # %% ../nbs/02b_fourier.ipynb #fourier-function
 class _FourierConv(torch.autograd.Function):
@@ -156,8 +169,8 @@ class _FourierConv(torch.autograd.Function):
         g = g.unflatten(3, (-1, p.tile[1])).unflatten(2, (-1, p.tile[0]))       # (b, o, t_h, m_h, t_w, m_w)
         g = g.permute(3, 5, 0, 2, 4, 1).reshape(p.tile[0]*p.tile[1], -1, len(w))
         G,gx,gw = _mix(C.T, g),None,None                                        # (m, b*t*t, o)
-        if wanted[1]: gw = _unkernels(_mix(B.T, G.transpose(1, 2) @ X), p, w.shape).to(w.dtype)
-        if wanted[0]: gx = _untile(_mix(A.T, G @ K), p, x.shape)
+        if wanted[1]: gw = _unkernels(_mix_products(B.T, G.transpose(1, 2), X), p, w.shape).to(w.dtype)
+        if wanted[0]: gx = _untile(_mix_products(A.T, G, K), p, x.shape)
         return gx, gw
 
 # %% ../nbs/02b_fourier.ipynb #fourier-conv2d
