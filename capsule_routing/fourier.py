@@ -220,8 +220,8 @@ class FourierConv2d(nn.Conv2d):
     ) -> bool:    # Take the Fourier domain?
         "Is this input one for which fewer multiplications are less time?"
         if x.device.type != 'cpu' or torch.compiler.is_compiling() or is_transformed(): return False
-        if torch.is_autocast_enabled('cpu') and not in_bf16(x): return False
-        if x.dtype != self.weight.dtype and not in_bf16(x) or self.weight.dtype not in (torch.float32, torch.float64): return False
+        if self.weight.dtype not in (torch.float32, torch.float64): return False
+        if not in_bf16(x) and (torch.is_autocast_enabled('cpu') or x.dtype != self.weight.dtype): return False
         (b,c,h,w),o,k,s = x.shape,self.out_channels,self.kernel_size[0],self.stride[0]
         if min(c, o) < 64 or min(h, w) < k or s > k: return False
         p = conv_plan((h, w), k, s)
