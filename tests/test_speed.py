@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from capsule_routing.capsnet import CapsConfig, CapsNet
 from capsule_routing.training import new_net
-from capsule_routing.factored import route_factored
-from capsule_routing.fourier import FourierConv2d, conv_plan, fourier_conv2d, has_bf16
+from capsule_routing.factored import has_bf16, route_factored
+from capsule_routing.fourier import FourierConv2d, conv_plan, fourier_conv2d
 from capsule_routing.layers import RoutedCaps
 from capsule_routing.routing import route, votes
 from capsule_routing.speed import (STAGES, BroadcastCaps, EinsumCaps, PeakBytes, alternate, bench_growth, bench_table, machine,
