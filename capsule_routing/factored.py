@@ -62,11 +62,11 @@ def _squash_back(s, g):
     return r / (1 + n2) * (g + (1 - 2*r*r / (1 + n2)) * (g * unit).sum(-1, keepdim=True) * unit)
 
 # %% ../nbs/02_factored.ipynb #is-transformed
-def is_transformed() -> bool: # Will only PyTorch's own operations do?
-    "Is the code being exported, traced, or transformed by `torch.func`?"
+def is_transformed(x:Tensor) -> bool: # Will only PyTorch's own operations do?
+    "Is the code that works on `x` being exported, traced, or transformed by `torch.func`?"
     exporting = getattr(torch.compiler, "is_exporting", torch.onnx.is_in_onnx_export)  # older PyTorch lacks it
     if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export(): return True
-    return exporting() or torch._C._are_functorch_transforms_active()
+    return exporting() or torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(x)
 
 # %% ../nbs/02_factored.ipynb #plain-grads
 def plain_grads(f, inputs:tuple, g:Tensor) -> tuple:
@@ -112,7 +112,7 @@ class _Factored(torch.autograd.Function):
     def backward(ctx, g):
         def plain(u, W): return route(votes(u, W), *ctx.args)
         with torch.autocast(g.device.type, enabled=False):
-            if torch.is_grad_enabled() or is_transformed():     # a graph of the gradients is wanted
+            if torch.is_grad_enabled() or is_transformed(g):    # a graph of the gradients is wanted
                 gu,gW = plain_grads(plain, ctx.saved_tensors[:2], g)
             else: gu,gW = _Factored._grads(*ctx.args, *ctx.saved_tensors[2:], g=g)
         return gu, gW, None, None, None
@@ -150,7 +150,7 @@ def route_factored(
     low = torch.bfloat16 if in_bf16(u) and dtype == torch.float32 else dtype
     with torch.autocast(u.device.type, enabled=False):
         u,W = u.to(dtype),W.to(dtype)
-        if is_transformed(): return route(votes(u, W), n_iters, stop_grad)
+        if is_transformed(u): return route(votes(u, W), n_iters, stop_grad)
         args = W,whole("n_iters", n_iters),stop_grad,low
         n = max(32, 2_600_000 // max(1, u.shape[1]*u.shape[2]*low.itemsize))    # images in a portion
         n = 1 if u.is_cuda else max(1, -(-len(u) // n))                         # portions

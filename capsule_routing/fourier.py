@@ -145,7 +145,7 @@ class _FourierConv(torch.autograd.Function):
     def backward(ctx, g):
         def plain(x, w): return F.conv2d(x.to(w.dtype), w, stride=ctx.p.stride).to(g.dtype)
         with torch.autocast(g.device.type, enabled=False):
-            if torch.is_grad_enabled() or is_transformed():                     # a graph of the gradients is wanted
+            if torch.is_grad_enabled() or is_transformed(g):                    # a graph of the gradients is wanted
                 gx,gw = plain_grads(plain, ctx.saved_tensors[:2], g)
             else: gx,gw = _FourierConv._grads(ctx.p, *ctx.saved_tensors, g, ctx.needs_input_grad)
         return gx, gw, None, None
@@ -174,7 +174,7 @@ def fourier_conv2d(
     k = weight.shape[2]
     if weight.shape[3] != k: raise BadValue("weight", weight, "must have as many rows as columns")
     if min(x.shape[2:]) < k: raise BadValue("x", x, f"is smaller than the kernel, {k}x{k}")
-    if is_transformed(): return F.conv2d(x, weight, bias, stride)
+    if is_transformed(x): return F.conv2d(x, weight, bias, stride)
     p = conv_plan(tuple(x.shape[2:]), k, whole("stride", stride))
     dtype = torch.bfloat16 if in_bf16(x) and weight.dtype == torch.float32 else x.dtype
     with torch.autocast(x.device.type, enabled=False): y = _FourierConv.apply(x, weight, p, dtype)
@@ -195,7 +195,7 @@ class FourierConv2d(nn.Conv2d):
 
     def pays(self, x:Tensor) -> bool:
         "Are fewer multiplications less time for images `(b, c, h, w)` like these?"
-        if x.device.type != 'cpu' or torch.compiler.is_compiling() or is_transformed(): return False
+        if x.device.type != 'cpu' or torch.compiler.is_compiling() or is_transformed(x): return False
         if not in_bf16(x) and (torch.is_autocast_enabled('cpu') or x.dtype != self.weight.dtype): return False
         if self.weight.dtype not in (torch.float32, torch.float64): return False
         (b,c,h,w),o,k,s = x.shape,self.out_channels,self.kernel_size[0],self.stride[0]
