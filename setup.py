@@ -32,6 +32,7 @@ setup(
         f"Natural Language :: {cfg['language']}",
         *(f'Programming Language :: Python :: 3.{m}' for m in range(minor, 14)),
         'Topic :: Scientific/Engineering :: Artificial Intelligence',
+        'Typing :: Typed',
     ],
     python_requires=f">={cfg['min_python']}",
     packages=[lib],

@@ -17,8 +17,9 @@ TINY_CONFIG = dict(conv_channels=8, n_types=2, d_primary=4, d_class=4, decoder=(
 
 @pytest.hookimpl(tryfirst=True)   # before `-m` chooses
 def pytest_collection_modifyitems(items):
-    "What is marked `kills`, `browser` or `wheel` is slow"
+    "What is marked `kills`, `browser` or `wheel` is slow; what asks for a browser or for the rendered site is `browser`"
     for o in items:
+        if {"chromium", "site"} & set(o.fixturenames): o.add_marker("browser")
         if any(o.get_closest_marker(k) for k in ("kills", "browser", "wheel")): o.add_marker("slow")
 
 

@@ -159,6 +159,7 @@ for f in (load_run, read_checkpoint):
     except ValueError as e: print(e)
 """
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs RLIMIT_AS and /proc")
 def test_json_just_under_the_limit(halfway, tmp_path):
     "Millions of empty objects, in the header and in both JSON files, cost little; beyond the limit they are not parsed"
@@ -214,6 +215,7 @@ def test_mutated_checkpoints(halfway, tmp_path):
     assert refused >= 60 and same >= 20, (refused, same)
 
 
+@pytest.mark.slow
 def test_command_that_diverges(run_cmd, image_folder, tmp_path):
     "A rate beyond all measure: exit 2 and one line with epoch, step and where the last good checkpoint is"
     p = run_cmd("capsule_train", *"--dataset folder --epochs 3 --batch-size 4 --size 28 --channels 1 --no-cuda --lr 1e30 --log-interval 1 --conv-channels 8 --primary-types 2 --out run".split(),
