@@ -1,7 +1,7 @@
 "Exit 1 unless nbdev 3, which reads pyproject.toml, exports the same modules as nbdev 2, which reads settings.ini. Makes an environment of its own; changes nothing here."
 import os,shutil,subprocess,sys,tempfile
 from pathlib import Path
-from fresh import copy,differences,no_modules,top
+from fresh import copy,differences,no_modules
 
 def environment(home):
     "A virtual environment with nbdev 3; the folder of its commands"
