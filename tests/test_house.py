@@ -89,7 +89,8 @@ def public(path):
 
 def marks(node):
     "Names of the markers in a decorated test, or in `pytestmark = …`"
-    return set(re.findall(r'mark\.(\w+)', ' '.join(map(ast.unparse, getattr(node, 'decorator_list', [node])))))
+    if not hasattr(node, 'decorator_list'): return set(re.findall(r'mark\.(\w+)', ast.unparse(node)))
+    return {m[1] for o in node.decorator_list if (m := re.match(r'pytest\.mark\.(\w+)', ast.unparse(o)))}
 
 def words(node):
     "Names and words of strings below `node`, which is no import and no docstring"

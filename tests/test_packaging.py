@@ -42,9 +42,9 @@ for name in {modules}:
 """)
     assert [Path(o) for o in out.split()]==[lib/f'{n}.py' for n in modules]
 
-public = '''lengths squash votes route route_factored RoutingTrace PrimaryCaps RoutedCaps margin_loss reconstruction_loss
+public = '''BadValue routing trunk task lengths squash votes route route_factored RoutingTrace Capsules PrimaryCaps CapsuleLayer DynamicRouting margin_loss reconstruction_loss
 capsule_loss mask_capsules Decoder CapsConfig CapsNet CapsOut count_params make_glyphs load_data batches save_run load_run
-pick_device TrainConfig fit evaluate'''.split()
+pick_device TrainConfig Task classification Callback EarlyStopping fit predict evaluate'''.split()
 
 def test_all_gives_the_public_names():
     out = python('from capsule_routing.all import *\nimport capsule_routing.all as m\n'

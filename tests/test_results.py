@@ -59,7 +59,7 @@ class Stop:
         if s.global_step == self.at: raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("recipe", ["paper", "fast"])
+@pytest.mark.parametrize("recipe", [pytest.param("paper", marks=pytest.mark.slow), "fast"])
 @pytest.mark.parametrize("at,ROW", [(1, ROW), (7, ROW), (8, ROW), (15, ROW), (9, BASE)])
 def test_an_interrupted_row_ends_as_the_whole_one(tmp_path, at, recipe, ROW):
     whole = run_row(TOY, ROW, 3, tmp_path/"whole", recipe, **KW)
