@@ -394,6 +394,7 @@ print(json.dumps(dict(refused=refused, loaded=loaded)))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs RLIMIT_AS and /proc")
 def test_six_hundred_mutations(tmp_path):
     "Refused, or the very same weights; no crash, no hang, no large allocation"

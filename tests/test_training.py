@@ -534,6 +534,7 @@ def test_without_a_compiler_the_network_runs_as_it_is(data, monkeypatch):
     with pytest.warns(UserWarning): fit(new_net(TINY, 1), data, replace(CFG, compile="on", epochs=1))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
 def test_a_compiled_run_learns_the_same(data):
     a, b = ([r["train_loss"] for r in fit(new_net(TINY, 1), data, replace(CFG, compile=c, epochs=1))] for c in ("off", "on"))

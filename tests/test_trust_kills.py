@@ -4,7 +4,7 @@ import json, os, shutil, signal, subprocess, sys, time
 import pytest
 from conftest import ROOT, TINY
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and POSIX signals")
+pytestmark = [pytest.mark.kills, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and POSIX signals")]
 
 # A process that imports everything once, then forks a child for each attempt and kills it. It never computes itself,
 # so that every child starts from the same untouched state, as a fresh process would.
