@@ -402,8 +402,9 @@ def _announce(s, data, net, path):
 
 def _pictures(net, data, path):
     "Write the pictures of a finished run; their paths, none where that fails"
-    from capsule_routing.visualize import save_training_figures
-    try: return [] if net.decoder is None else save_training_figures(net, data, path)
+    try:
+        from capsule_routing.visualize import save_training_figures
+        return [] if net.decoder is None else save_training_figures(net, data, path)
     except Exception as e:
         why = _one_line(e, 200) or type(e).__name__
         print(f"capsule_train: no pictures ({why}); the run is complete", file=sys.stderr, flush=True)
