@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['RIGHT', 'WRONG', 'FIRST', 'SECOND', 'OFFSETS', 'new_figure', 'save_figure', 'show_image', 'reconstruction_figure',
-           'worst_mistakes', 'right_and_wrong', 'dimension_pictures', 'dimension_figure', 'RoutingView', 'routing_view',
-           'type_tiles', 'couplings_figure', 'Field', 'receptive_field', 'voters_figure', 'lengths_figure',
-           'confusion_counts', 'confusion_figure', 'mistakes_figure', 'prediction_figure', 'Trend', 'loss_trend',
-           'history_figure', 'two_colours', 'overlap_figure', 'Meaning', 'measure_meaning', 'capsule_meaning',
-           'meaning_figure', 'r2_figure', 'save_training_figures']
+           'worst_mistakes', 'right_and_wrong', 'dimension_pictures', 'dimension_figure', 'type_tiles',
+           'couplings_figure', 'Field', 'receptive_field', 'voters_figure', 'lengths_figure', 'confusion_counts',
+           'confusion_figure', 'mistakes_figure', 'prediction_figure', 'Trend', 'loss_trend', 'history_figure',
+           'two_colours', 'overlap_figure', 'meaning_figure', 'r2_figure', 'save_training_figures']
 
 # %% ../nbs/11_visualize.ipynb #imports
 import math
 from io import BytesIO
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple, Union
 
@@ -20,35 +20,32 @@ import numpy as np
 import torch
 from PIL import Image
 from einops import rearrange
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
+from torch.nn.functional import pad
 
-from .capsnet import CapsNet
+from .checks import BadValue, class_indices, floats, one_of, whole
 from .data import ImageData, ImageSet
-from .decoder import mask_capsules
-from .layers import check_float, full_precision
-from .losses import check_classes
-from .routing import votes
+from .measure import (Meaning, at_rest, class_names, images_of, network_of,
+                                     redraw, routing_view)
 from .runs import write_atomic
-from .squash import lengths
-from .training import Evaluation, evaluate
+from .squash import full_precision, lengths
+from .tasks import Evaluation, evaluate, predict
 
 # %% ../nbs/11_visualize.ipynb #picture
 class Picture(Figure):
     "A matplotlib figure that notebooks show by themselves, and that pyplot knows nothing of."
     def _repr_png_(self):
-        w,h = self.get_size_inches()
-        b = BytesIO()
-        Image.open(BytesIO(_png(self, 144))).convert("RGB").quantize(96).save(b, "png", optimize=True)  # sharp, and half as heavy
-        return b.getvalue(),dict(width=int(w*72), height=int(h*72))
+        width,height = (int(72*inches) for inches in self.get_size_inches())
+        few = Image.open(_file(self, 144)).convert("RGB").quantize(96)   # sharp, and half as heavy
+        few.save(b := BytesIO(), "png", optimize=True)
+        return b.getvalue(),dict(width=width, height=height)
 
-def _png(fig, dpi, format="png"):
-    "The bytes of a figure's file."
-    b = BytesIO()
-    fig.savefig(b, format=format, dpi=dpi, facecolor="white")
-    return b.getvalue()
+def _file(fig, dpi, format="png"):
+    "A figure's file, in memory"
+    fig.savefig(b := BytesIO(), format=format, dpi=dpi, facecolor="white")
+    return b
 
 # %% ../nbs/11_visualize.ipynb #new-figure
 def new_figure(
@@ -64,119 +61,88 @@ def new_figure(
 
 # %% ../nbs/11_visualize.ipynb #save-figure
 def save_figure(
-    fig:Figure,            # The figure
-    path:Union[str,Path],  # Where; the ending says what: .png, .pdf or .svg
-    dpi:int=150,           # Pixels to an inch
-) -> Path:                 # `path`
+    fig:Figure,           # The figure
+    path:Union[str,Path], # Where; the ending says what: .png, .pdf or .svg
+    dpi:int=150,          # Pixels to an inch
+) -> Path:                # `path`
     "Write a figure whole or not at all."
-    path = Path(path)
-    if path.suffix.lower() not in (".png", ".pdf", ".svg"): raise ValueError(f"path={str(path)!r}: must end in .png, .pdf or .svg")
-    data = _png(fig, dpi, path.suffix[1:].lower())
+    path,ending = Path(path),Path(path).suffix[1:].lower()
+    if ending not in ("png", "pdf", "svg"):
+        raise BadValue("path", str(path), "must end in .png, .pdf or .svg")
+    data = _file(fig, dpi, ending).getvalue()
     path.parent.mkdir(parents=True, exist_ok=True)
     return write_atomic(path, data)
 
 # %% ../nbs/11_visualize.ipynb #show-image
+# Of texts; of two things to be told apart
+RIGHT,WRONG,FIRST,SECOND = "black","#C04000","#E69F00","#0072B2"
+
 def show_image(
-    ax,          # Axes to draw in
-    x:Tensor,    # An image `(c, h, w)`, uint8 or from 0 to 1
-    title:str="",# Above it
-    **kwargs,    # More for the title's text
+    ax,           # Axes to draw in
+    x:Tensor,     # An image `(c, h, w)`, uint8 or from 0 to 1
+    title:str="", # Above it
+    **kwargs,     # More for the title's text
 ):
     "Draw one image: in colour with three channels, else its first in grey."
-    x = x.detach().movedim(0, -1).cpu()
-    top = 1. if x.is_floating_point() else 255
-    if x.is_floating_point(): x = x.float().clamp(0, 1)
-    ax.imshow((x[..., 0] if x.shape[-1] != 3 else x).numpy(), cmap="gray", vmin=0, vmax=top, interpolation="nearest")
+    x = x.detach().cpu()
+    x = (x.float() if x.is_floating_point() else x/255).clamp(0, 1)
+    ax.imshow(x.movedim(0, 2) if len(x) == 3 else x[0], cmap="gray", vmin=0, vmax=1)
     ax.set_title(title, **{"fontsize": 8, **kwargs})
-    ax.set_xticks([]); ax.set_yticks([])
+    ax.set(xticks=[], yticks=[])
 
-# %% ../nbs/11_visualize.ipynb #colour-bar
+# %% ../nbs/11_visualize.ipynb #helpers
 def _bar(fig, image, axes, label, **kwargs):
     "A colour bar with small letters"
-    bar = fig.colorbar(image, ax=axes, **kwargs)
+    bar = fig.colorbar(image, ax=axes, **{"shrink": 0.8, "aspect": 25, **kwargs})
     bar.set_label(label, fontsize=8)
     bar.ax.tick_params(labelsize=7)
 
-# %% ../nbs/11_visualize.ipynb #arguments
-RIGHT, WRONG, FIRST, SECOND = "black", "#C04000", "#E69F00", "#0072B2"   # Of texts; of two things to be told apart
+def _cells(ax, values, title="", texts=None, rows=(), cols=(), cmap="PuOr_r", **kwargs):
+    "A matrix as coloured cells, each with its text; what its rows and columns are called"
+    im = ax.imshow(np.ma.masked_invalid(values), cmap=cmap, interpolation="nearest", **kwargs)
+    for at,text in np.ndenumerate([] if texts is None else texts):
+        dark = np.mean(im.to_rgba(values[at])[:3]) < 0.5 and np.isfinite(values[at])
+        ax.text(*at[::-1], text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
+    ax.set_xticks(range(len(cols)), cols, fontsize=8)
+    ax.set_yticks(range(len(rows)), rows, fontsize=8)
+    ax.set_title(title, fontsize=8)
+    return im
 
-def _net(net):
-    "The network of a run, or the network itself"
-    net = getattr(net, "net", net)
-    if not isinstance(net, CapsNet): raise TypeError(f"net must be a CapsNet or a Run, got {type(net).__name__}")
-    return net
+def _which(net, which, there):
+    "A class, by default the longest of some capsules' lengths"
+    if isinstance(which, Tensor) and which.ndim == 0: which = which.item()
+    return int(there.argmax()) if which is None else whole("which", which, 0, net.cfg.n_classes-1)
 
-def _decoder(net):
-    "Its decoder"
-    if net.decoder is None: raise ValueError("net has no decoder, it was made without reconstruction; train with a decoder to see reconstructions")
-    return net.decoder
-
-def _device(net): return next(net.parameters()).device
-
-def _names(net, classes=None):
-    "Names of the classes: those given, the run's own, or numbers"
-    k = _net(net).cfg.n_classes
-    about = getattr(net, "config", None) or {}
-    about = about.get("data") if isinstance(about.get("data"), dict) else {}
-    if classes is None: classes = about.get("classes")
-    if classes is None or (isinstance(classes, list) and len(classes) != k): classes = range(k)
-    classes = tuple(str(c) if len(str(c)) <= 14 else str(c)[:13]+"…" for c in classes)
-    if len(classes) != k: raise ValueError(f"classes must be {k} names, got {len(classes)}")
-    return classes
-
-def _images(net, x):
-    "Images as the network takes them, `(n, c, h, w)` from 0 to 1, on its device"
-    want = net.cfg.image_shape
-    if not isinstance(x, Tensor): raise TypeError(f"images must be a tensor, got {type(x).__name__}")
-    if x.ndim not in (3, 4) or tuple(x.shape[-3:]) != want: raise ValueError(f"images must be (n, {', '.join(map(str, want))}), got {tuple(x.shape)}")
-    if x.dtype != torch.uint8 and not x.is_floating_point(): raise TypeError(f"images must be uint8 or floating point, got {x.dtype}")
-    if len(x) == 0: raise ValueError("images must be at least one, got none")
-    x = x if x.is_floating_point() else x.float()/255
-    return (x if x.ndim == 4 else x[None]).to(_device(net), torch.float32)
-
-def _which(net, which, name="which"):
-    "A class index that the network has"
-    k = net.cfg.n_classes
-    if isinstance(which, bool) or not isinstance(which, (int, np.integer)) and not (isinstance(which, Tensor) and which.ndim == 0 and not which.is_floating_point()):
-        raise TypeError(f"{name} must be a class index, got {which!r}")
-    if not 0 <= int(which) < k: raise ValueError(f"{name} must be a class from 0 to {k-1}, got {int(which)}")
-    return int(which)
-
-# %% ../nbs/11_visualize.ipynb #one-row
-def _one_row(net, classes, images):
-    "Network, names of its classes, decoder, and the images of a figure with a column for each"
-    names,net = _names(net, classes),_net(net)
-    decoder,x = _decoder(net),_images(net, images)
-    if len(x) > 16: raise ValueError(f"images must be at most 16, to be seen in one row; got {len(x)}")
-    return net,names,decoder,x
+# %% ../nbs/11_visualize.ipynb #grid-of-pictures
+def _grid(pictures, titles, cols, size, wrong=(), labels=()):
+    "Pictures in rows of `cols`, None for a gap; which are titled in red, labels of the rows"
+    rows = max(1, math.ceil(len(pictures)/cols))
+    fig,axes = new_figure(0.3+size[0]*cols, 0.3+size[1]*rows, rows, cols)
+    for ax,picture,title,bad in zip_longest(axes.flat, pictures, titles, wrong):
+        ax.set(xticks=[], yticks=[], frame_on=picture is not None)
+        style = dict(color=WRONG, fontweight="bold") if bad else dict(color=RIGHT)
+        if picture is not None: show_image(ax, picture, title or "", **style)
+    for ax,label in zip(axes[:, 0], labels): ax.set_ylabel(label, fontsize=8)
+    return fig
 
 # %% ../nbs/11_visualize.ipynb #reconstruction-figure
 def reconstruction_figure(
-    net,            # A `CapsNet` with a decoder, or a `Run`
-    images:Tensor,  # At most 16 images, `(n, c, h, w)`, uint8 or from 0 to 1
-    target:Tensor,  # Their true classes, `(n,)`
-    classes=None,   # Names of the classes
-) -> Figure:        # A column for each image
-    "Inputs, and below each what the target's capsule redraws and, if another won, what that one redraws (the paper's figure 3)."
-    net,names,decoder,x = _one_row(net, classes, images)
-    target = torch.as_tensor(target, device=x.device)
-    check_classes("target", target, len(x), len(names))
-    with torch.no_grad():
-        out = net(x)
-        pred,drawn = out.lengths.argmax(1),decoder(mask_capsules(out.poses, target))
+    net,           # A `CapsNet` with a decoder, or a `Run`
+    images:Tensor, # At most 16 images, `(n, c, h, w)`, uint8 or from 0 to 1
+    target:Tensor, # Their true classes, `(n,)`
+    classes=None,  # Names of the classes
+) -> Figure:       # A column for each image
+    "Inputs, and what the right capsule and a wrong winner draw (the paper's figure 3)."
+    names,net = class_names(net, classes),network_of(net)
+    x = images_of(net, images, 16)
+    target = class_indices("target", torch.as_tensor(target).cpu(), len(x), len(names))
+    out = predict(net, x)
+    right,pred = redraw(net, out.poses, target),out.lengths.argmax(1)
     wrong = (pred != target).tolist()
-    rows = 3 if any(wrong) else 2
-    fig,axes = new_figure(0.6+0.75*len(x), 0.5+0.85*rows, rows, len(x))
-    for i,w in enumerate(wrong):
-        t,p = int(target[i]),int(pred[i])
-        title = f"{names[t]}\nnamed {names[p]}" if w else f"{names[t]}\n"
-        show_image(axes[0,i], x[i], title, color=WRONG if w else RIGHT, fontweight="bold" if w else "normal")
-        show_image(axes[1,i], drawn[i])
-        if w: show_image(axes[2,i], out.recon[i])
-        elif rows == 3: axes[2,i].set_axis_off()
-    for r,label in enumerate(("input", "drawn by\nits class", "drawn by\nthe named")[:rows]):
-        axes[r,0].text(-0.1, 0.5, label, transform=axes[r,0].transAxes, rotation=90, ha="right", va="center", fontsize=8, multialignment="center")
-    return fig
+    titles = [f"{names[t]}\n"+f"named {names[p]}"*w for t,p,w in zip(target, pred, wrong)]
+    named = [o if w else None for o,w in zip(out.recon, wrong)] if any(wrong) else []
+    labels = "input","drawn by\nits class","drawn by\nthe named"
+    return _grid([*x, *right, *named], titles, len(x), (0.75, 0.85), wrong, labels)
 
 # %% ../nbs/11_visualize.ipynb #right-and-wrong
 def worst_mistakes(
@@ -189,144 +155,109 @@ def worst_mistakes(
     return wrong[gap.argsort(descending=True, stable=True)[:n]]
 
 def right_and_wrong(
-    ev:Evaluation,  # From `evaluate`
-    n_right:int=6,  # Images that are named rightly: the first of each class in turn
-    n_wrong:int=4,  # The worst mistakes, as far as there are any
-) -> Tensor:        # Indices of images, the right ones first
+    ev:Evaluation, # From `evaluate`
+    n_right:int=6, # Images that are named rightly: the first of each class in turn
+    n_wrong:int=4, # The worst mistakes, as far as there are any
+) -> Tensor:       # Indices of images, the right ones first
     "Examples for a figure, of as many classes as possible."
-    right = (ev.pred == ev.target).nonzero().flatten().tolist()
-    seen,turn = {},[]
-    for i in right:
-        c = int(ev.target[i])
-        seen[c] = seen.get(c, -1)+1
-        turn.append((seen[c], c, i))
-    some = [i for *_,i in sorted(turn)[:n_right]]
-    return torch.tensor(some+worst_mistakes(ev, n_wrong).tolist(), dtype=torch.long)
+    right = (ev.pred == ev.target).nonzero().flatten()
+    kinds = [right[ev.target[right] == c].tolist() for c in ev.target.unique()]
+    turn = [i for one in zip_longest(*kinds) for i in one if i is not None]
+    return torch.tensor(turn[:n_right]+worst_mistakes(ev, n_wrong).tolist(), dtype=torch.long)
 
 # %% ../nbs/11_visualize.ipynb #dimension-pictures
 OFFSETS = tuple(k/20 for k in range(-5, 6))   # Of the paper's figure 4
 
 def dimension_pictures(
-    net,              # A `CapsNet` with a decoder, or a `Run`
-    poses:Tensor,     # Poses of all capsules of one image, `(j, e)`
-    which:int=None,   # The capsule to draw from; None takes the longest
-    offsets=OFFSETS,  # Numbers added to one dimension at a time
-) -> Tensor:          # Pictures, `(e, len(offsets), c, h, w)`, from 0 to 1
+    net,             # A `CapsNet` with a decoder, or a `Run`
+    poses:Tensor,    # Poses of all capsules of one image, `(j, e)`
+    which:int=None,  # The capsule to draw from; None takes the longest
+    offsets=OFFSETS, # Numbers added to one dimension at a time
+) -> Tensor:         # Pictures, `(e, len(offsets), c, h, w)`, from 0 to 1
     "Reconstructions with an offset added to each dimension of one capsule in turn."
-    net = _net(net)
-    decoder,k,e = _decoder(net),net.cfg.n_classes,net.cfg.d_class
-    check_float("poses", poses, (k, e))
-    poses = full_precision(poses.detach()).to(_device(net))
-    which = int(lengths(poses).argmax()) if which is None else _which(net, which)
-    off = torch.as_tensor(offsets, dtype=poses.dtype, device=poses.device)
-    if off.ndim != 1 or not len(off) or not off.isfinite().all(): raise ValueError(f"offsets must be some finite numbers, got {offsets!r}")
-    moved = poses.repeat(e, len(off), 1, 1)                                                # (e, s, j, e)
-    moved[:, :, which] += torch.eye(e, device=poses.device)[:,None]*off[:,None]            # one dimension a row
-    which = torch.full((e*len(off),), which, device=poses.device)
-    with torch.no_grad(): return decoder(mask_capsules(moved.flatten(0, 1), which)).unflatten(0, (e, len(off))).cpu()
+    net = network_of(net)
+    k,e = floats("poses", poses, (net.cfg.n_classes, net.cfg.d_class)).shape
+    poses = full_precision(poses.detach().cpu())
+    which = _which(net, which, lengths(poses))
+    added = torch.as_tensor(offsets, dtype=poses.dtype).cpu()
+    if added.ndim != 1 or not len(added) or not added.isfinite().all():
+        raise BadValue("offsets", offsets, "must be some finite numbers")
+    moved = poses.repeat(e, len(added), 1, 1)                                # (e, s, j, e)
+    moved[:, :, which] += torch.eye(e)[:,None]*added[:,None]                 # one dimension a row
+    return redraw(net, moved.flatten(0, 1), which).unflatten(0, (e, -1))
 
 # %% ../nbs/11_visualize.ipynb #dimension-figure
 def dimension_figure(
-    net,              # A `CapsNet` with a decoder, or a `Run`
-    source:Tensor,    # An image, `(c, h, w)`; or the poses of all capsules, `(j, e)`
-    which:int=None,   # The capsule to draw from; None takes the longest
-    offsets=OFFSETS,  # Numbers added to one dimension at a time
-    classes=None,     # Names of the classes
-) -> Figure:          # A row for each dimension, a column for each offset
+    net,             # A `CapsNet` with a decoder, or a `Run`
+    source:Tensor,   # An image, `(c, h, w)`; or the poses of all capsules, `(j, e)`
+    which:int=None,  # The capsule to draw from; None takes the longest
+    offsets=OFFSETS, # Numbers added to one dimension at a time
+    classes=None,    # Names of the classes
+) -> Figure:         # A row for each dimension, a column for each offset
     "What each dimension of a capsule does to the drawing (the paper's figure 4)."
-    names,net = _names(net, classes),_net(net)
-    if isinstance(source, Tensor) and source.ndim == 3:
-        with torch.no_grad(): source = net(_images(net, source)).poses[0]
-    pics = dimension_pictures(net, source, which, offsets)                     # (e, s, c, h, w)
-    which = int(lengths(source).argmax()) if which is None else int(which)
-    e,s,_,h,w = pics.shape
+    names,net,poses = class_names(net, classes),network_of(net),source
+    if poses.ndim == 3: poses = predict(net, images_of(net, source)).poses[0]
+    pictures = dimension_pictures(net, poses, which, offsets)                # (e, s, c, h, w)
+    which,(e,s,_,h,w) = _which(net, which, lengths(poses)),pictures.shape
     cell = min(0.31, 10/e, 6/s)
-    pics = (pics*15).round()/15                                                # 16 greys look the same here, and the file is smaller
     fig,((ax,),) = new_figure(1+cell*s*max(1, w/h), 0.7+cell*e*max(1, h/w))
-    show_image(ax, rearrange(pics, "e s c h w -> c (e h) (s w)"), f"capsule of {names[which]}, length {lengths(source)[which]:.2f}")
+    sheet = rearrange(pictures, "e s c h w -> c (e h) (s w)")
+    sheet = (sheet*15).round()/15                                            # a smaller file
+    show_image(ax, sheet, f"capsule of {names[which]}, length {lengths(poses)[which]:.2f}")
+    ticks = range(0, s, math.ceil(s/11))
+    says = [f"{offsets[k]:+.2f}" if offsets[k] else "0" for k in ticks]
+    ax.set_xticks([w*(k+.5)-.5 for k in ticks], says, fontsize=6)
     ax.set_yticks([h*(k+.5)-.5 for k in range(e)], range(e), fontsize=8)
-    shown = [k for k in range(s) if s <= 11 or k % math.ceil(s/11) == 0]
-    ax.set_xticks([w*(k+.5)-.5 for k in shown], [f"{offsets[k]:+.2f}" if offsets[k] else "0" for k in shown], fontsize=6)
     ax.set(xlabel="added to the dimension", ylabel="dimension")
-    for k in range(s):
-        if offsets[k] == 0: ax.add_patch(Rectangle((k*w-.5, -.5), w, h*e, fill=False, edgecolor=FIRST, linewidth=1.5))
+    for k in [k for k in range(s) if offsets[k] == 0]:                       # a frame
+        ax.add_patch(Rectangle((k*w-.5, -.5), w, h*e, fill=False, edgecolor=FIRST, linewidth=1.5))
     return fig
-
-# %% ../nbs/11_visualize.ipynb #routing-view
-class RoutingView(NamedTuple):
-    "The routing of some images, back on the grid: `r` iterations, `b` images, `j` classes, `t` types, `h` rows, `w` columns."
-    c:Tensor        # Couplings, `(r, b, j, t, h, w)`; each sums to 1 over `j`
-    support:Tensor  # Coupling times agreement, `(r, b, j, t, h, w)`; sums to `|s_j|` over all capsules
-    entropy:Tensor  # Of the couplings, `(r, b, t, h, w)`, 1 for equal shares, 0 for a single parent
-    lengths:Tensor  # Of the classes' capsules, `(r, b, j)`
-
-def routing_view(
-    net,            # A `CapsNet` or a `Run`
-    images:Tensor,  # Some images `(n, c, h, w)`, or one; a full-size network needs about 3 MB for each
-) -> RoutingView:   # On the CPU
-    "Couplings, support, entropy and lengths at each iteration."
-    net = _net(net)
-    x,(h,w) = _images(net, images),net.cfg.grid
-    with torch.no_grad():
-        u = net.primary(net.conv1(x).relu())                                              # (b, i, d)
-        _,(c,_,v) = net.digit(u, trace=True)                                              # (r, b, i, j), (r, b, j, e)
-        unit = v/lengths(v)[...,None].clamp_min(1e-12)
-        agree = torch.einsum("bije,rbje->rbij", votes(u, full_precision(net.digit.W)), unit)
-    c,support = (rearrange(t, "r b (t h w) j -> r b j t h w", h=h, w=w).cpu() for t in (c, c*agree))
-    entropy = -torch.special.xlogy(c, c).sum(2)/math.log(c.shape[2])                      # (r, b, t, h, w)
-    return RoutingView(c, support, entropy, lengths(v).cpu())
 
 # %% ../nbs/11_visualize.ipynb #type-tiles
 def type_tiles(
     maps:Tensor,   # One number for each primary capsule, `(t, h, w)`
     cols:int=None, # Tiles in a row
-):                 # Array of the tiles, one cell between any two, NaN where there is no capsule
+):                 # Array of the tiles, one cell between any two, NaN where no capsule is
     "Lay the maps of all types side by side."
-    t,h,w = maps.shape
-    cols = min(t, cols or math.ceil(math.sqrt(t/2)))
-    rows = math.ceil(t/cols)
-    out = np.full((rows*(h+1)-1, cols*(w+1)-1), np.nan)
-    for k in range(t):
-        y,x = k//cols*(h+1),k%cols*(w+1)
-        out[y:y+h, x:x+w] = maps[k].detach().cpu().double().numpy()
-    return out
+    cols = min(len(maps), cols or math.ceil(math.sqrt(len(maps)/2)))
+    maps = pad(maps.detach().cpu().double(), (0, 1, 0, 1, 0, -len(maps) % cols), value=math.nan)
+    return rearrange(maps, "(r c) h w -> (r h) (c w)", c=cols)[:-1, :-1].numpy()
 
 # %% ../nbs/11_visualize.ipynb #couplings-figure
 def couplings_figure(
-    net,             # A `CapsNet` or a `Run`
-    image:Tensor,    # One image, `(c, h, w)`
-    which:int=None,  # The class whose couplings are shown; None takes the longest
-    classes=None,    # Names of the classes
-) -> Figure:         # The image, a panel for each iteration, and the entropy
-    "How strongly each primary capsule is coupled to one class, iteration by iteration."
-    names,net = _names(net, classes),_net(net)
-    x,view = _images(net, image),routing_view(net, image)
-    if len(x) != 1: raise ValueError(f"image must be one image, got {len(x)}")
-    which = int(view.lengths[-1, 0].argmax()) if which is None else _which(net, which)
-    r,tiles = len(view.c),[type_tiles(c[0, which]) for c in view.c]
-    equal = 1/len(names)
-    off = max(np.nanquantile(abs(np.stack(tiles)-equal), 0.995), 1e-6)                     # the colours reach as far as nearly all couplings
-    wide = min(max(0.9, 2.5*tiles[0].shape[1]/tiles[0].shape[0]), 1.5)
-    shown = sorted({round(k*(r-1)/(min(r, 5)-1 or 1)) for k in range(min(r, 5))})          # at most five of the iterations
-    fig,((first,*axes,last),) = new_figure(3.9+wide*len(shown), 3.1, 1, len(shown)+2, width_ratios=[1.3, *[wide]*len(shown), 1.9])
+    net,            # A `CapsNet` or a `Run`
+    image:Tensor,   # One image, `(c, h, w)`
+    which:int=None, # The class whose couplings are shown; None takes the longest
+    classes=None,   # Names of the classes
+) -> Figure:        # The image, a panel for each of up to five iterations, and the entropy
+    "How strongly each child of the class layer is coupled to one class, iteration by iteration."
+    names,net = class_names(net, classes),network_of(net)
+    x,view,equal = images_of(net, image, 1),routing_view(net, image),1/len(names)
+    which = _which(net, which, view.lengths[-1, 0])
+    tiles = np.stack([type_tiles(c[0, which]) for c in view.c])
+    steps = np.linspace(0, len(tiles)-1, min(len(tiles), 5)).round().astype(int)
+    reach = max(np.nanquantile(abs(tiles-equal), 0.995), 1e-6)               # of nearly all
+    wide = [np.clip(2.5*tiles.shape[2]/tiles.shape[1], 0.9, 1.5)]*len(steps)
+    fig,((first,*axes,last),) = new_figure(3.9+sum(wide), 3.1, 1, len(wide)+2,
+                                           width_ratios=[1.3, *wide, 1.9])
     show_image(first, x[0], f"class {names[which]}\nlength {view.lengths[-1, 0, which]:.2f}")
-    for ax,k in zip(axes, shown):
-        im = ax.imshow(tiles[k], cmap="PuOr_r", vmin=equal-off, vmax=equal+off, interpolation="nearest")
-        ax.set_title(f"iteration {k+1}", fontsize=8); ax.set_xticks([]); ax.set_yticks([])
-    _bar(fig, im, axes, f"coupling to {names[which]}; {equal:.2g} is an equal share", shrink=0.8, aspect=25, extend="both")
-    _entropy_panel(last, view)
+    for ax,k in zip(axes, steps):
+        im = _cells(ax, tiles[k], vmin=equal-reach, vmax=equal+reach, title=f"iteration {k+1}")
+    whose = f"layer {len(net.cfg.layers)}'s" if net.cfg.layers else "primary capsules'"
+    _bar(fig, im, axes, f"{whose} coupling to {names[which]}; {equal:.2g} is an equal share")
+    _entropy_panel(last, view.entropy[:, 0].flatten(1))
     return fig
 
 # %% ../nbs/11_visualize.ipynb #entropy-panel
-def _entropy_panel(ax, view):
-    "The entropy of all capsules over the iterations: mean, and the range that holds nine tenths of them"
-    e = view.entropy[:, 0].flatten(1)                                                     # (r, i)
-    low,high = (torch.quantile(e, q, dim=1) for q in (0.05, 0.95))
-    steps,means = range(1, len(e)+1),e.mean(1).tolist()
+def _entropy_panel(ax, entropy):
+    "Entropy `(r, i)` over the iterations: mean, and the range that holds nine tenths"
+    steps,means = range(1, len(entropy)+1),entropy.mean(1).tolist()
+    low,high = entropy.quantile(torch.tensor([0.05, 0.95]), dim=1)
     ax.fill_between(steps, low, high, color=SECOND, alpha=0.25, linewidth=0, label="90% of the capsules")
     ax.plot(steps, means, color=SECOND, marker="o", markersize=4, label="mean")
-    ax.annotate(f"{means[-1]:.4f}", (steps[-1], means[-1]), (0, -11), textcoords="offset points", ha="right", fontsize=7, color=SECOND)
-    ax.set(xlabel="iteration", xticks=list(steps)[::math.ceil(len(e)/6)])
+    ax.annotate(f"{means[-1]:.4f}", (steps[-1], means[-1]), (0, -11), textcoords="offset points",
+                ha="right", fontsize=7, color=SECOND)
+    ax.set(xlabel="iteration", xticks=steps[::math.ceil(len(steps)/6)])
     ax.ticklabel_format(axis="y", useOffset=False)
     ax.tick_params(labelsize=7)
     ax.set_title("entropy (1: equal shares)", fontsize=8)
@@ -335,84 +266,89 @@ def _entropy_panel(ax, view):
 # %% ../nbs/11_visualize.ipynb #receptive-field
 class Field(NamedTuple):
     "The pixels that one place of a grid can see, along one axis."
-    start:int  # First pixel seen by place 0; below zero where there is padding
-    step:int   # Pixels from one place to the next
-    size:int   # Pixels seen by one place
+    start:int # First pixel seen by place 0; below zero where there is padding
+    step:int  # Pixels from one place to the next
+    size:int  # Pixels seen by one place
 
 def receptive_field(
-    *convs:torch.nn.Conv2d, # Convolutions in the order in which they are applied, or one `CapsNet`
-) -> tuple:                 # `Field` of the rows, `Field` of the columns
-    "The receptive fields of the places on the last grid."
-    if len(convs) == 1 and not isinstance(convs[0], torch.nn.Conv2d): convs = (n := _net(convs[0])).conv1,n.primary.conv
-    if not convs: raise ValueError("receptive_field needs at least one convolution, got none")
-    fields = []
-    for a in range(2):
-        start,step,size = 0,1,1
-        for c in convs:
-            size += (c.kernel_size[a]-1)*c.dilation[a]*step
-            start -= c.padding[a]*step
-            step *= c.stride[a]
-        fields.append(Field(start, step, size))
-    return tuple(fields)
+    net,              # A `CapsNet` or a `Run`; or any module from images to maps
+    image_shape=None, # Channels, height, width; None for those of the network
+) -> tuple:           # `Field` of the rows, `Field` of the columns
+    "Which pixels the places of a grid see, by the gradient: whatever stands between."
+    see = net
+    if image_shape is None:
+        net = network_of(net)
+        see,image_shape = (lambda x: net.primary.conv(net.trunk(x))),net.cfg.image_shape
+    x = torch.rand(4, *image_shape, generator=torch.Generator().manual_seed(0))
+    x = x.to(next(net.parameters()).device).requires_grad_()
+    with at_rest(net): maps = see(x)                                         # (4, c, h, w)
+    h,w = maps.shape[2:]
+    places = [maps[:, :, min(k, h-1), min(k, w-1)].sum() for k in range(max(h, w))]
+    seen = torch.stack([torch.autograd.grad(p, x, retain_graph=True)[0] for p in places])
+    seen = seen.abs().sum((1, 2)).cpu()                                      # (k, h, w)
+    return _field(seen[:h].sum(2)),_field(seen[:w].sum(1))
+
+def _field(seen):
+    "What `n` places see of the pixels along an axis, `(n, side)`; a place near the border may see less"
+    (n,side),seen = seen.shape,seen > 1e-4*seen.amax(1, keepdim=True)
+    first,last = seen.int().argmax(1),side-1-seen.flip(1).int().argmax(1)
+    steps,size = torch.cat([first.diff(), last.diff()]),int((last-first).max())+1
+    step = int(steps[steps > 0].median()) if (steps > 0).any() else side//n
+    cut = n > 1 and first[-1] == 0                                           # all see the border
+    start = (side-size-(n-1)*step)//2 if cut else first[-1]-(n-1)*step
+    return Field(int(start), step, size)
 
 # %% ../nbs/11_visualize.ipynb #voters-figure
 def voters_figure(
-    net,           # A `CapsNet` or a `Run`
-    image:Tensor,  # One image, `(c, h, w)`
-    which=None,    # Classes to show, some indices; None takes the two longest
-    classes=None,  # Names of the classes
-) -> Figure:       # The image, and a panel for each class
-    "The places that voted for a class, over the image: coupling times agreement at the last iteration, summed over types."
-    names,net = _names(net, classes),_net(net)
-    x,view = _images(net, image),routing_view(net, image)
-    if len(x) != 1: raise ValueError(f"image must be one image, got {len(x)}")
-    if which is None: which = view.lengths[-1, 0].topk(min(2, len(names))).indices
-    which = [_which(net, k) for k in ([which] if isinstance(which, int) else which)]
-    maps = view.support[-1, 0, which].sum(1)                                               # (k, h, w)
-    (y0,dy,ry),(x0,dx,rx) = receptive_field(net)
-    top,(h,w) = max(maps.abs().max().item(), 1e-12),maps.shape[1:]
-    fig,((first,*axes),) = new_figure(1.2+2.3*(len(which)+1), 2.9, 1, len(which)+1)
+    net,          # A `CapsNet` or a `Run`
+    image:Tensor, # One image, `(c, h, w)`
+    which=None,   # Classes to show, one or some; None takes the two longest
+    classes=None, # Names of the classes
+) -> Figure:      # The image, and a panel for each class
+    "Support of each place for a class, over the image: coupling times agreement, all types."
+    names,net = class_names(net, classes),network_of(net)
+    x,view = images_of(net, image, 1),routing_view(net, image)
+    if net.cfg.layers: raise BadValue("layers", net.cfg.layers, "their capsules stand on no grid")
+    if view.support is None: raise BadValue("routing", net.cfg.routing, "has no votes to draw")
+    there = view.lengths[-1, 0]
+    which = there.topk(2).indices.tolist() if which is None else [which] if np.ndim(which) == 0 else which
+    which = [_which(net, k, there) for k in which]
+    maps = view.support[-1, 0, which].sum(1)                                 # (k, h, w)
+    (y0,dy,high),(x0,dx,wide) = receptive_field(net)
+    left,top,(h,w) = x0+(wide-1-dx)/2,y0+(high-1-dy)/2,maps.shape[1:]        # round the centres
+    reach,pale = max(maps.abs().max().item(), 1e-12),0.6+0.4*x[0] if len(x[0]) == 3 else 1-0.45*x[0]
+    fig,((first,*axes),) = new_figure(3.5+2.3*len(which), 2.9, 1, len(which)+1)
     show_image(first, x[0], "input")
-    cy,cx = y0+(ry-1)/2,x0+(rx-1)/2                                                        # centre of place (0, 0)
     for ax,k,m in zip(axes, which, maps):
-        show_image(ax, 1-0.45*x[0] if len(x[0]) == 1 else 0.6+0.4*x[0], f"{names[k]}: length {view.lengths[-1, 0, k]:.2f}, support {m.sum():.2f}")
-        im = ax.imshow(m.numpy(), cmap="PuOr_r", norm=Normalize(-top, top), alpha=0.65, interpolation="nearest",
-                       extent=(cx-dx/2, cx+dx*(w-.5), cy+dy*(h-.5), cy-dy/2))
+        show_image(ax, pale, f"{names[k]}: length {there[k]:.2f}, support {m.sum():.2f}")
+        im = _cells(ax, m, vmin=-reach, vmax=reach, alpha=0.65, extent=(left, left+dx*w, top+dy*h, top))
         i,j = divmod(int(m.argmax()), w)
-        ax.add_patch(Rectangle((x0+dx*j-.5, y0+dy*i-.5), rx, ry, fill=False, edgecolor="black", linestyle="--", linewidth=1))
+        ax.add_patch(Rectangle((x0+dx*j-.5, y0+dy*i-.5), wide, high, fill=False, linestyle="--"))
         ax.set(xlim=(-.5, x.shape[3]-.5), ylim=(x.shape[2]-.5, -.5))
-    _bar(fig, im, axes, "support from a place", shrink=0.85)
+    _bar(fig, im, axes, "support from a place")
     return fig
 
 # %% ../nbs/11_visualize.ipynb #lengths-figure
 def lengths_figure(
-    net,            # A `CapsNet` or a `Run`
-    images:Tensor,  # Images, `(n, c, h, w)`, at most 6
-    classes=None,   # Names of the classes
-) -> Figure:        # A panel for each image
-    "Length of each class's capsule after each routing iteration; the two longest are named."
-    names,net = _names(net, classes),_net(net)
-    x,ls = _images(net, images),routing_view(net, images).lengths                          # (r, b, j)
-    if len(x) > 6: raise ValueError(f"images must be at most 6, to be seen in one row; got {len(x)}")
-    fig,(tops,axes) = new_figure(0.6+1.7*len(x), 3., 2, len(x), height_ratios=[1, 2])
-    steps = range(1, len(ls)+1)
-    for k,ax in enumerate(axes):
-        first,second = ls[-1, k].topk(2).indices.tolist()
-        show_image(tops[k], x[k])
-        for j in range(len(names)):
-            style = dict(color=FIRST, linewidth=2, marker="o", zorder=3) if j == first else \
-                    dict(color=SECOND, linewidth=1.5, marker="s", zorder=2) if j == second else dict(color="0.75", linewidth=1)
-            ax.plot(steps, ls[:, k, j], markersize=4, label=names[j] if j in (first, second) else None, **style)
-        ax.set(ylim=(0, 1.02), xlabel="iteration", xticks=list(steps)[::math.ceil(len(ls)/6)], yticks=(0, .5, 1))
-        if k: ax.set_yticklabels([])
-        ax.legend(*_longest_first(ax, names[first]), fontsize=7, loc="best", frameon=False)
-    axes[0].set_ylabel("length")
+    net,           # A `CapsNet` or a `Run`
+    images:Tensor, # Images, `(n, c, h, w)`, at most 6
+    classes=None,  # Names of the classes
+) -> Figure:       # A panel for each image
+    "Length of each class's capsule after each iteration; the two longest are named."
+    names,x = class_names(net, classes),images_of(network_of(net), images, 6)
+    there = routing_view(net, x).lengths                                     # (r, b, j)
+    steps = range(1, len(there)+1)
+    fig,(tops,axes) = new_figure(0.6+1.7*len(x), 3., 2, len(x), height_ratios=[1, 2], sharey="row")
+    for top,ax,image,curves in zip(tops, axes, x, there.unbind(1)):
+        show_image(top, image)
+        ax.plot(steps, curves, color="0.75", linewidth=1)
+        two = curves[-1].topk(2).indices.tolist()
+        for j,color,marker in zip(two, (FIRST, SECOND), "os"):
+            ax.plot(steps, curves[:, j], color=color, marker=marker, markersize=4, label=names[j])
+        ax.set(xlabel="iteration", xticks=steps[::math.ceil(len(steps)/6)])
+        ax.legend(fontsize=7, frameon=False)
+    axes[0].set(ylim=(0, 1.02), yticks=(0, .5, 1), ylabel="length")
     return fig
-
-def _longest_first(ax, first):
-    "Lines and names for a legend, the longest capsule first"
-    pairs = sorted(zip(*ax.get_legend_handles_labels()), key=lambda p: p[1] != first)
-    return [p[0] for p in pairs],[p[1] for p in pairs]
 
 # %% ../nbs/11_visualize.ipynb #confusion
 def confusion_counts(
@@ -428,111 +364,97 @@ def confusion_figure(
     title:str="",  # Stands above
 ) -> Figure:       # A row for each target, a column for each prediction
     "The confusion matrix, its mistakes coloured and counted."
-    counts,k = np.asarray(counts),len(classes)
-    if counts.shape != (k, k): raise ValueError(f"counts must be ({k}, {k}) for {k} classes, got {counts.shape}")
-    wrong = counts*(1-np.eye(k, dtype=int))
-    side = min(3+0.35*k, 12)
+    counts,k,names = np.asarray(counts),len(classes),tuple(map(str, classes))
+    if counts.shape != (k, k): raise BadValue("counts", counts.shape, f"must be ({k}, {k})")
+    wrong,few,side = counts*(1-np.eye(k, dtype=int)),k <= 30,min(3+0.35*k, 12)
     fig,((ax,),) = new_figure(side, side)
-    ax.imshow(wrong, cmap="Blues", vmin=0, vmax=max(1, wrong.max()))
-    if k <= 30:
-        for r,c in zip(*counts.nonzero()):
-            dark = wrong[r,c] > 0.6*wrong.max()
-            ax.text(c, r, counts[r,c], ha="center", va="center", fontsize=7, color="grey" if r == c else "white" if dark else "black")
-        ax.set_xticks(range(k), classes, rotation=90 if max(map(len, classes)) > 2 else 0, fontsize=8)
-        ax.set_yticks(range(k), classes, fontsize=8)
-    ax.set(xlabel="predicted class", ylabel="target class", title=title)
+    texts = np.where(counts > 0, counts, "") if few else None
+    _cells(ax, wrong, title, texts, names*few, names*few, "Blues", vmin=0, vmax=max(1, wrong.max()))
+    ax.tick_params(axis="x", rotation=90 if max(map(len, names)) > 2 else 0)
+    ax.set(xlabel="predicted class", ylabel="target class")
     return fig
 
 # %% ../nbs/11_visualize.ipynb #mistakes-figure
 def mistakes_figure(
-    ev:Evaluation,  # From `evaluate`
-    images:Tensor,  # The images it is about, uint8 `(n, c, h, w)`
-    classes:tuple,  # The names of the classes
-    title:str="",   # Stands above
-    cols:int=8,     # Pictures in a row
-    n:int=24,       # At most so many pictures
-) -> Figure:        # The worst mistakes, the worst first
+    ev:Evaluation, # From `evaluate`
+    images:Tensor, # The images it is about, uint8 `(n, c, h, w)`
+    classes:tuple, # The names of the classes
+    title:str="",  # Stands above
+    cols:int=8,    # Pictures in a row
+    n:int=24,      # At most so many pictures
+) -> Figure:       # The worst mistakes, the worst first
     "The worst mistakes: target and predicted class over each, with both lengths."
-    worst = worst_mistakes(ev, n)
-    rows = max(1, math.ceil(len(worst)/cols))
-    fig,axes = new_figure(cols*1.15, (0.6 if title else 0.1)+rows*1.5, rows, cols)
+    worst = worst_mistakes(ev, n).tolist()
+    both = [[(classes[c], ev.lengths[i, c]) for c in (ev.target[i], ev.pred[i])] for i in worst]
+    titles = ["{} {:.2f}\n→ {} {:.2f}".format(*t, *p) for t,p in both]
+    fig = _grid([images[i] for i in worst], titles, cols, (1.15, 1.5))
     if title: fig.suptitle(title, fontsize=9)
-    for ax in axes.flat: ax.set_axis_off()
-    for ax,i in zip(axes.flat, worst.tolist()):
-        t,p = int(ev.target[i]),int(ev.pred[i])
-        ax.set_axis_on()
-        show_image(ax, images[i], f"{classes[t]} {ev.lengths[i,t]:.2f}\n→ {classes[p]} {ev.lengths[i,p]:.2f}")
-    if not len(worst): axes.flat[0].text(0, 0.5, "no mistakes")
+    if not worst: fig.axes[0].text(0, 0.5, "no mistakes")
     return fig
 
 # %% ../nbs/11_visualize.ipynb #prediction-figure
 def prediction_figure(
-    x:Tensor,      # Images, `(n, c, h, w)` from 0 to 1
-    recon:Tensor,  # Reconstructions, the same shape
-    titles:list,   # One line for each image
-    cols:int=4,    # Pairs in a row
-) -> Figure:       # Pairs of pictures
+    x:Tensor,     # Images, `(n, c, h, w)` from 0 to 1
+    recon:Tensor, # Reconstructions, the same shape
+    titles:list,  # One line for each image
+    cols:int=4,   # Pairs in a row
+) -> Figure:      # Pairs of pictures
     "Inputs and, to the right of each, its reconstruction."
-    cols = min(cols, len(x))
-    rows = math.ceil(len(x)/cols)
-    fig,axes = new_figure(2.6*cols, 1.6*rows, rows, 2*cols)
-    for ax in axes.flat: ax.set_axis_off()
-    for i in range(len(x)):
-        left,right = axes[i//cols, 2*(i%cols):2*(i%cols)+2]
-        for ax,im,t in ((left, x[i], titles[i]), (right, recon[i], "redrawn")): ax.set_axis_on(); show_image(ax, im, t)
-    return fig
+    pairs = [p for pair in zip(x, recon) for p in pair]
+    return _grid(pairs, [t for title in titles for t in (title, "redrawn")], 2*min(cols, len(x)), (1.3, 1.6))
 
 # %% ../nbs/11_visualize.ipynb #trend
 class Trend(NamedTuple):
     "A line through the last test losses."
-    says:str      # "falls", "rises", "level" or "too few epochs"
-    slope:float   # Change of the test loss in an epoch; NaN where there are too few
-    error:float   # Standard error of the slope
-    n:int         # Epochs that the line was fitted to
+    says:str    # "falls", "rises", "level" or "too few epochs"
+    slope:float # Change of the test loss in an epoch; NaN where there are too few
+    error:float # Standard error of the slope
+    n:int       # Epochs that the line was fitted to
 
 def loss_trend(
-    history:list, # One dict an epoch, or a `Run`
-) -> Trend:       # "falls" or "rises" where the slope is more than two standard errors from zero
+    history, # One dict an epoch, or a `Run`
+) -> Trend:  # "falls" or "rises" where the slope is over two standard errors from zero
     "Does the test loss still fall in the last third of the epochs (five at least)?"
-    y = np.array([r["test_loss"] for r in _history(history)])
-    n = max(5, len(y)//3)
-    if len(y) < n: return Trend("too few epochs", math.nan, math.nan, len(y))
-    t = np.arange(n)-(n-1)/2
-    slope = float(t@y[-n:]/(t@t))
-    error = math.sqrt(np.square(y[-n:]-y[-n:].mean()-slope*t).sum()/(n-2)/(t@t))
+    losses = [r["test_loss"] for r in _rows(history)]
+    n = max(5, len(losses)//3)
+    if len(losses) < n: return Trend("too few epochs", math.nan, math.nan, len(losses))
+    (slope,_),cov = np.polyfit(range(n), losses[-n:], 1, cov=True)
+    slope,error = float(slope),math.sqrt(cov[0, 0])
     return Trend("level" if abs(slope) <= 2*error else "falls" if slope < 0 else "rises", slope, error, n)
 
-def _history(history):
+def _rows(history):
     "The rows of a run"
-    rows = getattr(history, "history", history)
-    if not isinstance(rows, (list, tuple)) or not rows or not all(isinstance(r, dict) and {"test_loss", "train_loss", "test_errors", "test_n"} <= set(r) for r in rows):
-        raise ValueError("history must be a run or its rows, one dict an epoch with its losses and errors, at least one")
-    return list(rows)
+    rows,need = getattr(history, "history", history),{"test_loss", "train_loss", "test_errors", "test_n"}
+    if isinstance(rows, (list, tuple)) and rows and all(isinstance(r, dict) and need <= set(r) for r in rows):
+        return rows
+    raise BadValue("history", history, f"must be a run or its rows, dicts with {', '.join(sorted(need))}")
 
 # %% ../nbs/11_visualize.ipynb #history-figure
 def history_figure(
-    history,  # One dict an epoch, or a `Run`
-) -> Figure:  # Losses at the left, errors at the right
+    history, # One dict an epoch, or a `Run`
+) -> Figure: # Losses at the left, errors at the right
     "Loss and error over the epochs, and whether the test loss still falls."
-    rows,trend = _history(history),loss_trend(history)
+    rows,trend = _rows(history),loss_trend(history)
     epochs = [r.get("epoch", k+1) for k,r in enumerate(rows)]
-    style = dict(marker="o" if len(rows) <= 40 else None, markersize=3, linewidth=1.5)
-    fig,((left,right),) = new_figure(7, 2.6, 1, 2)
-    left.plot(epochs, [r["train_loss"] for r in rows], color=FIRST, linestyle="--", label="training", **style)
-    left.plot(epochs, [r["test_loss"] for r in rows], color=SECOND, label="test", **style)
-    says = trend.says if math.isnan(trend.slope) else f"{trend.says}: {trend.slope:+.1e} an epoch in the last {trend.n}"
-    left.set_title("test loss "+says if not math.isnan(trend.slope) else f"losses ({says} to speak of a trend)", fontsize=8)
-    right.plot(epochs, [100*r["test_errors"]/r["test_n"] for r in rows], color=SECOND, label="test", **style)
+    loss = dict(test=[r["test_loss"] for r in rows], training=[r["train_loss"] for r in rows])
+    error = dict(test=[100*r["test_errors"]/r["test_n"] for r in rows])
     if all("train_errors" in r and r.get("n") for r in rows):
-        right.plot(epochs, [100*r["train_errors"]/r["n"] for r in rows], color=FIRST, linestyle="--", label="training", **style)
-    right.set_title(f"{rows[-1]['test_errors']:,} errors of {rows[-1]['test_n']:,} at the end", fontsize=8)
-    for ax,what in ((left, "loss"), (right, "error in %")):
-        values = [v for l in ax.lines for v in l.get_ydata() if v > 0]
-        if values and max(values) > 20*min(values): ax.set_yscale("log")
+        error["training"] = [100*r["train_errors"]/r["n"] for r in rows]
+    fig,((left,right),) = new_figure(7, 2.6, 1, 2)
+    for ax,curves,what in ((left, loss, "loss"), (right, error, "error in %")):
+        for (name,values),color,line in zip(curves.items(), (SECOND, FIRST), ("-", "--")):
+            ax.plot(epochs, values, line, color=color, label=name, marker="o" if len(rows) <= 40 else None, markersize=3)
+        above = [v for values in curves.values() for v in values if v > 0]
+        if above and max(above) > 20*min(above): ax.set_yscale("log")
         else: ax.set_ylim(bottom=0)
-        ax.set(xlabel="epoch", ylabel=what); ax.grid(color="0.9"); ax.legend(fontsize=8, frameon=False)
         if len(rows) <= 12: ax.set_xticks(epochs)
-        if len(rows) == 1: ax.set_xlim(epochs[0]-1, epochs[0]+1)
+        ax.set(xlabel="epoch", ylabel=what)
+        ax.grid(color="0.9")
+        ax.legend(fontsize=8, frameon=False)
+    says = f"test loss {trend.says}: {trend.slope:+.1e} an epoch in the last {trend.n}"
+    if math.isnan(trend.slope): says = f"losses ({trend.says} to speak of a trend)"
+    left.set_title(says, fontsize=8)
+    right.set_title(f"{rows[-1]['test_errors']:,} errors of {rows[-1]['test_n']:,} at the end", fontsize=8)
     return fig
 
 # %% ../nbs/11_visualize.ipynb #two-colours
@@ -541,131 +463,58 @@ def two_colours(
     b:Tensor, # Pictures in the second, the same shape
 ) -> Tensor:  # `(n, 3, h, w)`: orange, blue, and white where both are 1
     "Two pictures in one, in colours that add up to white."
-    colours = torch.tensor([[1., .55, 0.], [0., .45, 1.]], dtype=a.dtype, device=a.device)
-    return (a.mean(1, keepdim=True)*colours[0].view(3, 1, 1)+b.mean(1, keepdim=True)*colours[1].view(3, 1, 1)).clamp(0, 1)
+    orange,blue = (torch.tensor(c, dtype=a.dtype).view(3, 1, 1) for c in ([1., .55, 0.], [0., .45, 1.]))
+    return (a.mean(1, keepdim=True)*orange+b.mean(1, keepdim=True)*blue).clamp(0, 1)
 
 # %% ../nbs/11_visualize.ipynb #overlap-figure
 def overlap_figure(
-    net,            # A `CapsNet` with a decoder, or a `Run`
-    images:Tensor,  # At most 16 images of two things each, `(n, c, h, w)`
-    labels:Tensor,  # Their two true classes, `(n, 2)`
-    classes=None,   # Names of the classes
-    which=None,     # Capsules to draw from, `(n, 2)`; None takes the two longest
-) -> Figure:        # A column for each image
+    net,           # A `CapsNet` with a decoder, or a `Run`
+    images:Tensor, # At most 16 images of two things each, `(n, c, h, w)`
+    labels:Tensor, # Their two true classes, `(n, 2)`
+    classes=None,  # Names of the classes
+    which=None,    # Capsules to draw from, `(n, 2)`; None takes the two longest
+) -> Figure:       # A column for each image
     "Two overlapping things taken apart (the paper's figure 5)."
-    net,names,decoder,x = _one_row(net, classes, images)
-    labels = torch.as_tensor(labels, device=x.device)
-    if labels.shape != (len(x), 2): raise ValueError(f"labels must be ({len(x)}, 2), got {tuple(labels.shape)}")
-    for k in range(2): check_classes("labels", labels[:, k].contiguous(), len(x), len(names))
-    with torch.no_grad():
-        out = net(x, labels[:, 0])
-        found = out.lengths.topk(2).indices if which is None else torch.as_tensor(which, device=x.device)
-        if found.shape != labels.shape: raise ValueError(f"which must be ({len(x)}, 2), got {tuple(found.shape)}")
-        swap = (found[:, 0] == labels[:, 1]) | (found[:, 1] == labels[:, 0])               # the same order as the labels where they agree
-        found = torch.where(swap[:, None], found.flip(1), found)
-        a,b = (decoder(mask_capsules(out.poses, found[:, k].contiguous())) for k in range(2))
-    return _overlap_axes(x, labels.tolist(), found.tolist(), (two_colours(a, b), two_colours(a, 0*b), two_colours(0*a, b)), names, "named" if which is None else "drawn")
+    names,net = class_names(net, classes),network_of(net)
+    x = images_of(net, images, 16)
+    labels,out = _pairs("labels", labels, len(x), len(names)),predict(net, x)
+    found = _pairs("which", out.lengths.topk(2).indices if which is None else which, len(x), len(names))
+    swap = (found == labels.flip(1)).any(1, keepdim=True)     # in the labels' order, where they agree
+    found = torch.where(swap, found.flip(1), found)
+    a,b = (redraw(net, out.poses, one) for one in found.T)
+    wrong = (found.sort(1).values != labels.sort(1).values).any(1).tolist()
+    said,calls = "named" if which is None else "drawn",lambda two: [names[c] for c in two]
+    titles = ["{} and {}\n".format(*calls(l))+f"{said} {', '.join(calls(f))}"*w for l,f,w in zip(labels, found, wrong)]
+    titles += [""]*len(x)+calls(found.T.flatten())
+    pictures = [*x, *two_colours(a, b), *two_colours(a, 0*b), *two_colours(0*a, b)]
+    return _grid(pictures, titles, len(x), (0.78, 0.95), wrong, ("input", "both\ncapsules", "one", "the other"))
 
-def _overlap_axes(x, labels, found, drawn, names, said):
-    "Composite, both drawings, each of them"
-    fig,axes = new_figure(0.6+0.78*len(x), 4., 4, len(x))
-    for i,(l,f) in enumerate(zip(labels, found)):
-        ok = set(l) == set(f)
-        title = f"{names[l[0]]} and {names[l[1]]}\n"+("" if ok else f"{said} {names[f[0]]}, {names[f[1]]}")
-        show_image(axes[0,i], x[i], title, color=RIGHT if ok else WRONG, fontweight="normal" if ok else "bold", fontsize=7 if len(title) > 16 else 8)
-        for ax,d,t in zip(axes[1:, i], drawn, ("", names[f[0]], names[f[1]])): show_image(ax, d[i], t, fontsize=7, pad=2)
-    for ax,label in zip(axes[:, 0], ("input", "both\ncapsules", "one", "the other")): ax.set_ylabel(label, fontsize=8)
-    return fig
-
-# %% ../nbs/11_visualize.ipynb #meaning
-class Meaning(NamedTuple):
-    "What the dimensions of a capsule say about known factors, class by class: `k` classes, `d` dimensions, `f` factors."
-    classes:tuple   # Names of the `k` classes
-    factors:tuple   # Names of the `f` factors
-    corr:Tensor     # Correlation of dimension and factor over all images of a class, `(k, d, f)`; NaN where one of them never changes
-    r2:Tensor       # R² of a linear fit of the factor from all dimensions, on held-out images, `(k, f)`; may be negative
-    n_fit:Tensor    # Images of each class in the fit, `(k,)`
-    n_test:Tensor   # Held-out images of each class, `(k,)`
-    n_wrong:Tensor  # Images of each class that were named wrongly (and kept), `(k,)`; None where it is not known
-
-# %% ../nbs/11_visualize.ipynb #measure-meaning
-def measure_meaning(
-    codes:Tensor,        # Numbers that describe each image, such as the pose of its right capsule, `(n, d)`
-    y:Tensor,            # Classes, `(n,)`
-    factors:Tensor,      # The factors that made each image, `(n, f)`
-    factor_names:tuple,  # Names of the factors
-    classes=None,        # Names of the classes; None numbers them
-    wrong:Tensor=None,   # Which images were named wrongly, bool `(n,)`
-) -> Meaning:            # For each class that occurs
-    "Correlations, and R² on the held-out half, class by class."
-    check_float("codes", codes, (None, None))
-    n,d = codes.shape
-    check_float("factors", factors, (n, len(factor_names)))
-    check_classes("y", y, n, 2**31 if classes is None else len(classes))
-    x,f,kinds = (t.detach().cpu().double().numpy() for t in (codes, factors, y.unique()))
-    if not (np.isfinite(x).all() and np.isfinite(f).all()): raise ValueError("codes and factors must be finite, got NaN or infinity")
-    rows = []
-    for c in kinds.astype(int).tolist():
-        at = (y == c).nonzero().flatten().cpu().numpy()
-        if len(at) < 2*(d+2): raise ValueError(f"class {c if classes is None else classes[c]} has {len(at)} images: to fit {d} numbers and test the fit, at least {2*(d+2)} are needed")
-        fit,test = at[::2],at[1::2]
-        rows.append((_corr(x[at], f[at]), _r2(x[fit], f[fit], x[test], f[test]), len(fit), len(test), 0 if wrong is None else int(wrong[at].sum())))
-    corr,r2,n_fit,n_test,n_wrong = (torch.from_numpy(np.array(o)) for o in zip(*rows))
-    names = tuple(str(c if classes is None else classes[c]) for c in kinds.astype(int).tolist())
-    return Meaning(names, tuple(factor_names), corr.float(), r2.float(), n_fit, n_test, None if wrong is None else n_wrong)
-
-# %% ../nbs/11_visualize.ipynb #corr-and-r2
-def _corr(x, f):
-    "Correlations of the columns of `x` with those of `f`, `(d, f)`"
-    x,f = x-x.mean(0),f-f.mean(0)
-    norm = np.sqrt((x**2).sum(0))[:,None]*np.sqrt((f**2).sum(0))
-    return np.divide(x.T@f, norm, out=np.full(norm.shape, np.nan), where=norm > 1e-12)
-
-def _r2(x, f, x_test, f_test):
-    "Fit with an intercept, score elsewhere: one minus squared error over squared distance from the mean"
-    mean,scale = x.mean(0),np.maximum(x.std(0), 1e-12)
-    design = lambda x: np.column_stack([(x-mean)/scale*(scale > 1e-9), np.ones(len(x))])
-    left = f_test-design(x_test)@np.linalg.lstsq(design(x), f, rcond=None)[0]
-    total = ((f_test-f_test.mean(0))**2).sum(0)
-    return np.divide(total-(left**2).sum(0), total, out=np.full(len(total), np.nan), where=total > 1e-12)
-
-# %% ../nbs/11_visualize.ipynb #capsule-meaning
-def capsule_meaning(
-    net,             # A `CapsNet` or a `Run`
-    images,          # Images whose factors are known: `Glyphs`, or an `ImageSet` with factors
-    classes=None,    # Names of the classes
-    batch:int=250,   # Images at once
-) -> Meaning:        # For each class that occurs
-    "What each dimension of the right class's capsule says about the factors that made the image."
-    names,net = _names(net, classes),_net(net)
-    if getattr(images, "factors", None) is None: raise ValueError("images have no factors; make_glyphs gives images that have")
-    y = images.y.cpu()
-    check_classes("y", y, len(images.x), len(names))
-    with torch.no_grad(): poses = torch.cat([net(_images(net, x)).poses.cpu() for x in images.x.split(batch)])
-    return measure_meaning(poses[torch.arange(len(y)), y], y, images.factors, images.factor_names, names, lengths(poses).argmax(1) != y)
+def _pairs(field, two, b, n):
+    "Two classes for each image"
+    two = torch.as_tensor(two).cpu()
+    if two.shape != (b, 2): raise BadValue(field, two, f"must have shape ({b}, 2)")
+    return class_indices(field, two.flatten(), 2*b, n).view(b, 2)
 
 # %% ../nbs/11_visualize.ipynb #meaning-figure
 def meaning_figure(
-    m:Meaning,     # From `capsule_meaning`
-    classes=None,  # Names of the classes to show; None shows all, at most 10
-) -> Figure:       # A matrix for each class: dimensions by factors
+    m:Meaning,    # From `capsule_meaning`
+    classes=None, # Names of the classes to show; None shows all, at most 10
+) -> Figure:      # A matrix for each class: dimensions by factors
     "Correlations of dimensions and factors, class by class."
-    shown = [str(c) for c in (m.classes[:10] if classes is None else classes)]
-    if bad := [c for c in shown if c not in m.classes]: raise ValueError(f"classes must be some of {', '.join(m.classes)}, got {bad[0]!r}")
-    cols,(d,f) = min(len(shown), 5),m.corr.shape[1:]
-    rows,told = math.ceil(len(shown)/cols),len(shown) <= 2
-    fig,axes = new_figure(1+cols*f*(0.36 if told else 0.2), 1.1+rows*(0.3+d*(0.2 if told else 0.13)), rows, cols)
-    for ax in axes.flat[len(shown):]: ax.set_axis_off()
-    for k,(ax,c) in enumerate(zip(axes.flat, shown)):
+    shown = [one_of("classes", str(c), m.classes) for c in (m.classes[:10] if classes is None else classes)]
+    cols,(d,f),few = min(len(shown), 5),m.corr.shape[1:],len(shown) <= 2
+    rows = math.ceil(len(shown)/cols)
+    width,height = (0.36, 0.2) if few else (0.2, 0.13)
+    fig,axes = new_figure(1+cols*f*width, 1.1+rows*(0.3+d*height), rows, cols, sharey=True)
+    for k,(ax,c) in enumerate(zip_longest(axes.flat, shown)):
+        if c is None: ax.set_axis_off(); continue
         v = m.corr[m.classes.index(c)].numpy()
-        im = ax.imshow(np.ma.masked_invalid(v), cmap="PuOr_r", vmin=-1, vmax=1, aspect="auto")
-        if told: [ax.text(j, i, f"{v[i,j]:.1f}".replace("-0.0", "0.0"), ha="center", va="center", fontsize=7, color="white" if abs(v[i,j]) > 0.65 else "black") for i in range(d) for j in range(f)]
-        ax.set_title(f"class {c}", fontsize=8)
-        ax.set_xticks(range(f), m.factors if k+cols >= len(shown) else [""]*f, rotation=90, fontsize=8)
-        ticks = range(0, d, 1 if told else 5)
-        ax.set_yticks(ticks, [""]*len(ticks) if k % cols else ticks, fontsize=8)
+        texts = np.vectorize("{:.1f}".format)(v.round(1)+0.) if few else None
+        im = _cells(ax, v, f"class {c}", texts, range(d), m.factors, aspect="auto", vmin=-1, vmax=1)
+        ax.tick_params(axis="x", rotation=90, labelbottom=k+cols >= len(shown))
+        ax.set_yticks(range(0, d, 1 if few else 5))
     for ax in axes[:, 0]: ax.set_ylabel("dimension", fontsize=8)
-    _bar(fig, im, axes, "correlation", shrink=0.7, aspect=30)
+    _bar(fig, im, axes, "correlation", shrink=0.7)
     return fig
 
 # %% ../nbs/11_visualize.ipynb #r2-figure
@@ -674,37 +523,35 @@ def r2_figure(
 ) -> Figure:   # A row for each class, a column for each factor
     "How much of each factor a linear fit reads out of the pose, on held-out images."
     v,(k,f) = m.r2.numpy(),m.r2.shape
+    low,high = int(m.n_test.min()),int(m.n_test.max())
     fig,((ax,),) = new_figure(1.6+0.62*f, 1.5+0.27*k)
-    im = ax.imshow(np.ma.masked_invalid(v), cmap="viridis", vmin=0, vmax=1, aspect="auto")
-    for i in range(k):
-        for j in range(f): ax.text(j, i, f"{v[i,j]:.2f}", ha="center", va="center", fontsize=8, color="black" if v[i,j] > 0.6 else "white")
-    ax.set_xticks(range(f), m.factors, rotation=30, ha="right", fontsize=8)
-    ax.set_yticks(range(k), m.classes, fontsize=8)
-    n = f"{m.n_test.min()}" if m.n_test.min() == m.n_test.max() else f"{m.n_test.min()} to {m.n_test.max()}"
+    texts = np.vectorize("{:.2f}".format)(v)
+    title = f"R² on {low}{f' to {high}'*(low < high)} held-out images of each class"
+    im = _cells(ax, v, title, texts, m.classes, m.factors, "viridis", aspect="auto", vmin=0, vmax=1)
+    ax.tick_params(axis="x", rotation=30)
     ax.set_ylabel("class", fontsize=8)
-    ax.set_title(f"R² on {n} held-out images of each class", fontsize=8)
     _bar(fig, im, ax, "R²", extend="min")
     return fig
 
 # %% ../nbs/11_visualize.ipynb #save-training-figures
 def save_training_figures(
-    net,                   # A `CapsNet` with a decoder, or a `Run`
-    data,                  # `ImageData`, of which the test images are used, or an `ImageSet`
-    folder:Union[str,Path],# Where the files go; made if it is not there
-    limit:int=1000,        # Examples are chosen among the first so many images
-    batch_size:int=250,    # Images at once
-) -> list:                 # Paths of `reconstructions.png`, `dimensions.png`, `couplings.png`
-    "Write pictures of what a network redraws, what its dimensions mean, and who routes to whom; each whole or not at all."
+    net,                    # A `CapsNet` with a decoder, or a `Run`
+    data,                   # `ImageData`, of which the test images are used, or an `ImageSet`
+    folder:Union[str,Path], # Where the files go; made if it is not there
+    limit:int=1000,         # Examples are chosen among the first so many images
+    batch_size:int=250,     # Images at once
+) -> list:                  # Paths of `reconstructions.png`, `dimensions.png`, `couplings.png`
+    "Write what a network redraws, what its dimensions do, and who routes to whom."
     ds = data.test if isinstance(data, ImageData) else data
-    if not isinstance(ds, ImageSet): raise TypeError(f"data must be an ImageData or an ImageSet, got {type(data).__name__}")
-    ds,classes = ds.take(limit),_names(net, ds.classes)
-    _decoder(_net(net))
-    _images(_net(net), ds.x[:1])
-    ev = evaluate(_net(net), ds, batch_size)
-    some = right_and_wrong(ev)
-    right = (ev.pred == ev.target).nonzero().flatten()
-    one = right[ev.lengths[right].amax(1).argmax()] if len(right) else torch.tensor(0)      # the surest of the right ones
-    figures = dict(reconstructions=lambda: reconstruction_figure(net, ds.x[some], ds.y[some], classes),
-                   dimensions=lambda: dimension_figure(net, ds.x[one], int(ds.y[one]), classes=classes),
-                   couplings=lambda: couplings_figure(net, ds.x[one], int(ds.y[one]), classes))
-    return [save_figure(f(), Path(folder)/f"{k}.png") for k,f in figures.items()]
+    if not isinstance(ds, ImageSet): raise BadValue("data", data, f"must be an ImageData or an ImageSet, got {type(data).__name__}")
+    ds = ds.take(limit)
+    names,ev = class_names(net, ds.classes),evaluate(network_of(net), ds, batch_size)
+    some,right = right_and_wrong(ev),(ev.pred == ev.target).nonzero().flatten()
+    surest = int(right[ev.lengths[right].amax(1).argmax()]) if len(right) else 0
+    one = ds.x[surest],int(ds.y[surest])
+    figures = dict(reconstructions=reconstruction_figure(net, ds.x[some], ds.y[some], names),
+                   dimensions=dimension_figure(net, *one, classes=names))
+    try: figures["couplings"] = couplings_figure(net, *one, names)
+    except BadValue as e:
+        if e.field != "routing": raise                                       # it has none
+    return [save_figure(fig, Path(folder)/f"{name}.png") for name,fig in figures.items()]
