@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MIN_RATE', 'MAX_BYTES', 'NAMED', 'FORMATS', 'MAX_PIXELS', 'DATASETS', 'GLYPHS_TRAIN', 'GLYPHS_TEST',
-           'GLYPHS_TEST_SEED', 'ImageSet', 'ImageData', 'shift_images', 'epoch_plan', 'batches', 'eval_batches',
-           'default_data_dir', 'fetch', 'Archive', 'archives', 'whole', 'unpack', 'DataUnavailable', 'ensure',
-           'load_named', 'read_image', 'load_folder', 'load_data']
+           'GLYPHS_TEST_SEED', 'ImageSet', 'ImageData', 'shift_images', 'epoch_plan', 'Batch', 'batches',
+           'eval_batches', 'default_data_dir', 'fetch', 'Archive', 'archives', 'whole', 'unpack', 'DataUnavailable',
+           'ensure', 'load_named', 'read_image', 'load_folder', 'load_data']
 
 # %% ../nbs/08_data.ipynb #data-imports
 import difflib, gzip, hashlib, math, os, struct, tarfile, time, urllib.request, zlib
@@ -103,6 +103,18 @@ def epoch_plan(
     shifts = torch.randint(-shift, shift + 1, (n, 2), generator=g)
     return (order if shuffle else torch.arange(n)), shifts
 
+# %% ../nbs/08_data.ipynb #batch
+class Batch(NamedTuple):
+    "Some images of a set, and what is known about them."
+    x:Tensor           # Images, float32 `(b, c, h, w)` in [0, 1]
+    y:Tensor           # Classes, `(b,)`, or several of each image `(b, k)`
+    index:Tensor=None  # Rows of the set, `(b,)`
+    parts:Tensor=None  # Each thing of an image alone, `(b, k, c, h, w)`
+
+    def nothing(self):
+        "One black image of class 0, in the form of this batch: the share of a process that has none."
+        return Batch(*(None if t is None else t.new_zeros(1, *t.shape[1:]) for t in self))
+
 # %% ../nbs/08_data.ipynb #batches
 def batches(
     ds:ImageSet,          # Images on any device
@@ -131,7 +143,7 @@ def _batches(ds, batch_size, seed, epoch, shift, shuffle, start, drop_last, rank
         idx = order[share]                                      # (b,)
         x = ds.x[idx]
         if shift: x = shift_images(x, shifts[share, 0], shifts[share, 1])
-        yield x.float().div_(255), ds.y[idx], idx
+        yield Batch(x.float().div_(255), ds.y[idx], idx)
 
 def _check_int(name, v, low):
     if isinstance(v, bool) or not isinstance(v, (int, np.integer)): raise TypeError(f'{name}={v!r}: must be a whole number')

@@ -9,20 +9,20 @@ __all__ = ['mask_capsules', 'Decoder']
 import math
 import torch
 from torch import nn, Tensor
-from .layers import check_float, check_size, full_precision
-from .losses import check_classes
+from .checks import BadValue, class_indices, floats, whole
+from .squash import full_precision
 
 # %% ../nbs/05_decoder.ipynb #mask-capsules
 def mask_capsules(
     poses:Tensor, # Upper poses, `(b, j, e)`
-    which:Tensor, # The one capsule to keep of each image, class indices `(b,)`
-) -> Tensor:      # `(b, j*e)`: zeros, but for that capsule's pose in its place
+    which:Tensor, # The one capsule to keep of each image, class indices `(b,)`; or `(b, k)`, one after the other
+) -> Tensor:      # `(b, j*e)`, or `(b, k, j*e)`: zeros, but for that capsule's pose in its place
     "Keep one capsule of each image (section 4.1)."
-    check_float("poses", poses, (None,)*3)
-    b,n,_ = poses.shape
-    check_classes("which", which, b, n)
-    keep = which[:,None] == torch.arange(n, device=which.device) # (b, j)
-    return (poses * keep[...,None]).flatten(1)                   # (b, j*e)
+    b,n,_ = floats("poses", poses, (None,)*3).shape
+    several = isinstance(which, Tensor) and which.ndim == 2 and len(which) == b
+    class_indices("which", which.flatten() if several else which, which.numel() if several else b, n)
+    keep = which[...,None] == torch.arange(n, device=which.device)                      # (b, j) or (b, k, j)
+    return ((poses[:,None] if several else poses) * keep[...,None]).flatten(-2)          # (b, j*e) or (b, k, j*e)
 
 # %% ../nbs/05_decoder.ipynb #decoder
 class Decoder(nn.Module):
@@ -31,18 +31,19 @@ class Decoder(nn.Module):
         n_classes:int,          # Upper capsules, `j`
         d_pose:int,             # Numbers in each pose, `e`
         image_shape:tuple,      # Channels, height, width
-        widths:tuple=(512,1024) # Units of the hidden layers
+        widths:tuple=(512,1024), # Units of the hidden layers
     ):
         super().__init__()
-        self.image_shape = tuple(check_size("image_shape", n) for n in image_shape)
-        if len(self.image_shape) != 3: raise ValueError(f"image_shape must be (channels, height, width), got {image_shape}")
-        sizes = [check_size("n_classes", n_classes)*check_size("d_pose", d_pose), *(check_size("widths", w) for w in widths)]
+        self.image_shape = tuple(whole("image_shape", n) for n in image_shape)
+        if len(self.image_shape) != 3: raise BadValue("image_shape", image_shape, "must be (channels, height, width)")
+        sizes = [whole("n_classes", n_classes)*whole("d_pose", d_pose), *(whole("widths", w) for w in widths)]
         self.layers = nn.Sequential()
         for n_in,n_out in zip(sizes, sizes[1:]): self.layers.extend([nn.Linear(n_in, n_out), nn.ReLU()])
         self.layers.append(nn.Linear(sizes[-1], math.prod(self.image_shape)))
 
     def forward(self,
-        masked:Tensor, # Masked poses, `(b, j*e)`
-    ) -> Tensor:       # Image, `(b, c, h, w)`, from 0 to 1
-        check_float("masked", masked, (None, self.layers[0].in_features))
-        return full_precision(self.layers(masked)).sigmoid().unflatten(1, self.image_shape) # (b, c, h, w)
+        masked:Tensor, # Masked poses, `(b, j*e)` or `(b, k, j*e)`
+    ) -> Tensor:       # Images, `(b, c, h, w)` or `(b, k, c, h, w)`, from 0 to 1
+        any_size = (None,)*(getattr(masked, "ndim", 2) - 1)
+        floats("masked", masked, (*any_size, self.layers[0].in_features))
+        return full_precision(self.layers(masked)).sigmoid().unflatten(-1, self.image_shape)

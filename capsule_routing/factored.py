@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from .squash import squash
-from .routing import check_iters
+from .checks import whole
 
 # %% ../nbs/02_factored.ipynb #chunks
 def _chunks(u, W):
@@ -136,7 +136,7 @@ def route_factored(
     stop_grad:bool=False,  # Take the couplings as constants in the backward pass
 ) -> Tensor:               # Poses of the parents, `(b, j, e)`; computed in fp32 where the inputs are half precision
     "Routing by agreement (Procedure 1), equal to `route(votes(u, W))`, without building the votes."
-    check_iters(n_iters)
+    whole('n_iters', n_iters)
     if u.ndim != 3 or W.ndim != 4 or u.shape[1] != W.shape[0] or u.shape[2] != W.shape[2]:
         raise ValueError(f"route_factored: u must be (b, i, d) and W (i, j, d, e), got {tuple(u.shape)} and {tuple(W.shape)}")
     for n,t in dict(u=u, W=W).items():

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'CONFIG', 'HISTORY', 'LAST', 'BEST', 'LOCK', 'MAX_JSON', 'MAX_DEPTH', 'MAX_PARAMS', 'OPTIM', 'RAW', 'SUMS',
-           'write_atomic', 'digest', 'write_tensors', 'read_json', 'build_net', 'network_spec', 'read_tensors',
-           'full_config', 'save_run', 'make_folder', 'RunLocked', 'lock_run', 'Run', 'load_run', 'Checkpoint',
-           'write_checkpoint', 'read_checkpoint']
+           'write_atomic', 'digest', 'write_tensors', 'read_json', 'network_spec', 'read_tensors', 'first_nonfinite',
+           'to_json', 'full_config', 'save_run', 'make_folder', 'RunLocked', 'lock_run', 'Run', 'load_run',
+           'Checkpoint', 'write_checkpoint', 'pack_optimizer', 'unpack_optimizer', 'check_rebuilds', 'read_checkpoint']
 
 # %% ../nbs/09_runs.ipynb #imports
 import hashlib, json, math, os, reprlib, secrets, stat, struct
@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors, save as dump_safetensors
 from torch import Tensor
 
-from .baselines import BaselineConfig, BaselineNet
-from .capsnet import CapsConfig, CapsNet
+from .baselines import BaselineConfig, BaselineNet, build_net, config_from_dict
+from .capsnet import CapsConfig, CapsNet, modern_names
 
 # %% ../nbs/09_runs.ipynb #names
 FORMAT = 1                                    # of the folder; a newer number is refused
@@ -163,13 +163,6 @@ def _shape(s):
     if len(s) > 8 or not all(type(d) is int and 0 <= d < 2**48 for d in s): raise ValueError
     return s
 
-# %% ../nbs/09_runs.ipynb #build-net
-def build_net(
-    cfg, # A `CapsConfig` or a `BaselineConfig`
-):       # `CapsNet` or `BaselineNet`
-    "The network of these sizes, its weights random."
-    return BaselineNet(cfg) if isinstance(cfg, BaselineConfig) else CapsNet(cfg)
-
 # %% ../nbs/09_runs.ipynb #network-spec
 def network_spec(
     cfg:CapsConfig, # Sizes of a network
@@ -186,7 +179,7 @@ def _network(config:dict, path:Path):
     if not isinstance(d, dict): raise _problem(path, "its config names no network")
     try:
         if any(isinstance(v, (list, tuple)) and len(v) > 64 for v in d.values()): raise ValueError("a list of more than 64 sizes")
-        cfg = (BaselineConfig if d.get("kind") == "baseline" else CapsConfig).from_dict(d)
+        cfg = config_from_dict(d)
         spec = network_spec(cfg)
     except (ValueError, TypeError, KeyError, RuntimeError, OverflowError, AttributeError) as e:
         raise _problem(path, f"its config makes no network: {str(e).splitlines()[0][:200] if str(e) else type(e).__name__}") from None
@@ -205,7 +198,7 @@ def _match(header:dict, spec:dict, path:Path):
     full = dict(spec)
     if has("optim."):   full |= {p + k: v for p in OPTIM for k, v in spec.items()}
     if has(RAW):        full |= {RAW + k: v for k, v in spec.items()}
-    if has(SUMS):       full[SUMS] = ((4,), torch.float64)
+    if has(SUMS):       full[SUMS] = (tuple(header[SUMS]['shape']), torch.float64)
     for k in full:
         if k not in header: raise _problem(path, f"lacks {k!r} of its network")
     for k, t in header.items():
@@ -253,22 +246,23 @@ def read_tensors(
     path = Path(path)
     with _open(path) as f:
         header, info, head = _header(f, path)
+        old = not any("trunk." in k for k in header)
         meta = _parse(info["meta"].encode(), path, dict, "the text of its header")
         config = meta.get("config")
         cfg, spec = _network(config if isinstance(config, dict) else {}, path)
-        _match(header, spec, path)                    # from here on the file is as large as its network
+        _match(modern_names(header), spec, path)                    # from here on the file is as large as its network
         try: tensors = load_safetensors(head + f.read())
         except (SafetensorError, ValueError, RuntimeError, OSError) as e: raise _problem(path, f"damaged ({str(e)[:120]})") from None
     if digest(tensors, info["meta"]) != info["sha256"]: raise _problem(path, "damaged: its contents are not what was written (sha256 differs)")
     _check_meta(meta, path)
-    return tensors, meta, cfg
+    return modern_names(tensors), meta, cfg
 
 # %% ../nbs/09_runs.ipynb #finite
-def _finite(tensors:dict):
+def first_nonfinite(tensors:dict):
     "The name of a tensor that holds NaN or infinity, or None."
     return next((k for k, t in tensors.items() if not bool(torch.isfinite(t).all())), None)
 
-def _json(v) -> bytes:
+def to_json(v) -> bytes:
     "JSON for people: indented, ends with a newline."
     return (json.dumps(v, indent=1, allow_nan=False) + "\n").encode()
 
@@ -287,13 +281,13 @@ def save_run(
     "Write a run folder with these weights as both last and best."
     path, history, config = Path(path), list(history or []), full_config(net, config)
     weights = net.state_dict()
-    if (k := _finite(weights)): raise ValueError(f"save_run: {k!r} holds NaN or infinity; such weights are not saved")
-    _check_meta(_parse(_json(dict(config=config, history=history)), path, dict, "what it should hold"), path)   # or it could not be loaded
+    if (k := first_nonfinite(weights)): raise ValueError(f"save_run: {k!r} holds NaN or infinity; such weights are not saved")
+    _check_meta(_parse(to_json(dict(config=config, history=history)), path, dict, "what it should hold"), path)   # or it could not be loaded
     make_folder(path)
     with lock_run(path):
-        write_atomic(path/CONFIG, _json(config))
+        write_atomic(path/CONFIG, to_json(config))
         for name in (BEST, LAST): write_tensors(path/name, weights, dict(file=name, config=config, history=history))
-        write_atomic(path/HISTORY, _json(history))
+        write_atomic(path/HISTORY, to_json(history))
     return path
 
 # %% ../nbs/09_runs.ipynb #make-folder
@@ -349,7 +343,7 @@ def load_run(
     if outer.get("network") != config["network"]: raise _problem(path/CONFIG, f"describes another network than {file.name}")
     _same_run(file, meta, outer)
     tensors = {k: tensors[k] for k in network_spec(cfg)}
-    if (k := _finite(tensors)): raise _problem(file, f"{k!r} holds NaN or infinity")
+    if (k := first_nonfinite(tensors)): raise _problem(file, f"{k!r} holds NaN or infinity")
     net = build_net(cfg)
     net.load_state_dict(tensors)
     return Run(path, net.eval(), cfg, config, meta.get("history", []))
@@ -372,7 +366,17 @@ def write_checkpoint(
     m = ck.meta
     if best: write_tensors(path/BEST, ck.weights, dict(file=BEST, config=m["config"], history=m["history"]))
     write_tensors(path/LAST, {**ck.weights, **ck.moments, SUMS: ck.sums}, dict(m, file=LAST))
-    write_atomic(path/HISTORY, _json(m["history"]))
+    write_atomic(path/HISTORY, to_json(m["history"]))
+
+# %% ../nbs/09_runs.ipynb #standin
+def pack_optimizer(net, opt):
+    return {f"optim.{k}.{n}": v for n,p in net.named_parameters() if p in opt.state for k,v in opt.state[p].items() if k != "step"}, {}
+def unpack_optimizer(net, opt, tensors, meta, step):
+    fused = opt.param_groups[0].get("fused")
+    for k, p in net.named_parameters():
+        if f"optim.exp_avg.{k}" in tensors:
+            opt.state[p] = dict(step=torch.tensor(float(step), device=p.device if fused else "cpu"), **{m: torch.empty_like(p).copy_(tensors[f"optim.{m}.{k}"]) for m in ("exp_avg", "exp_avg_sq")})
+def check_rebuilds(net): pass
 
 # %% ../nbs/09_runs.ipynb #check-counters
 def _check_counters(meta:dict, sums:Tensor, path:Path):
@@ -381,7 +385,7 @@ def _check_counters(meta:dict, sums:Tensor, path:Path):
     steps = -(-n//size)
     if (got := [r["epoch"] for r in meta["history"]]) != list(range(1, 1 + len(got))): raise _problem(path, f"the epochs of history must be 1, 2, ..., got {_short(got)}")
     if step > steps: raise _problem(path, f"step must be at most {steps} ({n} images in batches of {size}), got {step}")
-    for name, got, want in (("epoch", epoch, len(got) + 1), ("global_step", meta["global_step"], (epoch - 1)*steps + step), (f"images in {SUMS}", sums[3].item(), min(step*size, n))):
+    for name, got, want in (("epoch", epoch, len(got) + 1), ("global_step", meta["global_step"], (epoch - 1)*steps + step), (f"images in {SUMS}", sums[len(meta.get("losses", "123"))].item() if len(sums) else 0, min(step*size, n))):
         if got != want: raise _problem(path, f"{name} must be {want} at step {step} of {steps} after {len(meta['history'])} epochs, got {_short(got)}")
 
 # %% ../nbs/09_runs.ipynb #read-checkpoint
@@ -394,7 +398,7 @@ def read_checkpoint(
     _same_run(file, meta, read_json(Path(path)/CONFIG) if (Path(path)/CONFIG).exists() else meta["config"])
     if SUMS not in tensors or not {"epoch", "step", "global_step"} <= set(meta): raise _problem(file, "holds weights but no training state to go on from")
     _check_meta(meta, file, every=True)
-    if (k := _finite(tensors)): raise _problem(file, f"{k!r} holds NaN or infinity")
+    if (k := first_nonfinite(tensors)): raise _problem(file, f"{k!r} holds NaN or infinity")
     _check_counters(meta, tensors[SUMS], file)
     weights = {k: tensors[k] for k in network_spec(cfg)}
     moments = {k: t for k, t in tensors.items() if k.startswith("optim.")}
