@@ -52,7 +52,7 @@ def explorer_state(net:CapsNet, ps:PoseSet, classes=None, images:int=20) -> dict
     if not isinstance(ps, PoseSet): raise BadValue("poses", ps, "must be a PoseSet, as image_poses makes it")
     floats("poses", ps.poses, (len(ps.index), c.n_classes, c.d_class))
     class_indices("y", ps.y, len(ps.index), c.n_classes)
-    if not len(ps.y) or not ps.poses.isfinite().all(): raise BadValue("poses", ps.poses, "must be finite, at least one")
+    if not len(ps.y) or not ps.poses.isfinite().all(): raise BadValue("poses", ps.poses, "must be finite, not none")
     names,have = class_names(net, classes, None),ps.y.unique().tolist()
     n = min(whole("images", images), int(ps.y.bincount()[have].min()))
     few = PoseSet(*(t[first_of_each(ps.y, n)].cpu() for t in ps))
@@ -60,7 +60,7 @@ def explorer_state(net:CapsNet, ps:PoseSet, classes=None, images:int=20) -> dict
     (raw,sizes),effects = decoder_bytes(net),dimension_effects(net, few)
     return dict(weights=raw, poses=own.numpy().astype("<f4").tobytes(), sizes=sizes, shape=list(c.image_shape),
                 capsules=have, images=n, dims=c.d_class, names=[names[k] for k in have],
-                numbers=few.index.view(-1, n).tolist(), reach=REACH, step=STEP,
+                numbers=few.index.view(-1, n).tolist(),
                 hints=[[hint(e, c.height) for e in effects[k]] for k in have])
 
 # %% ../nbs/12_explore.ipynb #image-poses
@@ -155,9 +155,9 @@ class CapsuleExplorer(Shown):
         self.net,*rest = _source(net, poses, classes, images)
         s = explorer_state(self.net, *rest, images)
         first = 0 if start is None else s["names"].index(one_of("start", str(start), s["names"]))
-        numbers = dict(min=-s.pop("reach"), max=REACH, step=s.pop("step"), readout_format="+.2f")
-        self.sliders = [ipywidgets.FloatSlider(description=str(d), **numbers) for d in range(s["dims"])]
-        self.labels = [ipywidgets.Label() for _ in self.sliders]
+        move = dict(min=-REACH, max=REACH, step=STEP, readout_format="+.2f")
+        self.sliders = [ipywidgets.FloatSlider(description=str(d), **move) for d in range(s["dims"])]
+        self.labels = [ipywidgets.Label(text) for text in s["hints"][first]]
         self.kind = ipywidgets.Dropdown(options=s["names"], description="class", index=first)
         self.which = ipywidgets.Dropdown(options=[str(k+1) for k in range(s["images"])], description="image", index=0)
         self.view = CapsuleView(sliders=self.sliders, labels=self.labels, choices=[self.kind, self.which], **s,
@@ -166,14 +166,12 @@ class CapsuleExplorer(Shown):
         rows = [ipywidgets.HBox(row).add_class("capsule-row") for row in zip(self.sliders, self.labels)]
         left = ipywidgets.VBox([self.view, self.kind, self.which]).add_class("capsule-left")
         super().__init__([left, ipywidgets.VBox([says.add_class("capsule-head"), *rows]).add_class("capsule-rows")])
-        self.add_class("capsule-explorer")
-        self.kind.observe(self._say, "index")
-        self._say()
+        self.add_class("capsule-explorer").kind.observe(self._say, "index")
 
 # %% ../nbs/12_explore.ipynb #explorer-page
 def explorer_page(net=None, poses=None, classes=None, images:int=20, title:str="What a capsule sees") -> str:
     "The explorer as one HTML file that needs nothing else; the arguments are those of `CapsuleExplorer`."
-    s = explorer_state(*_source(net, poses, classes, images), images)
+    s = dict(explorer_state(*_source(net, poses, classes, images), images), reach=REACH, step=STEP)
     s = {k: base64.b64encode(v).decode() if isinstance(v, bytes) else v for k,v in s.items()}
     page = Template(explorer_file("page.html"))
     return page.substitute(title=escape(title), dims=s["dims"], css=explorer_file("page.css"),

@@ -48,12 +48,8 @@ def a_batch(images:Tensor, most:int=None) -> Tensor:
     return as_input(x, x.device)
 
 # %% ../nbs/10d_measure.ipynb #redraw
-def redraw(
-    net,          # A `CapsNet` with a decoder, or a `Run`
-    poses:Tensor, # Poses of all capsules, `(n, j, e)`
-    which,        # The capsule to draw from: a class for all, or classes `(n,)`
-) -> Tensor:      # Pictures, `(n, c, h, w)` from 0 to 1, on the CPU
-    "What the decoder makes of one capsule of each image."
+def redraw(net, poses:Tensor, which) -> Tensor:
+    "Pictures that the decoder makes of poses `(n, j, e)`, from one class for all or classes `(n,)`; on the CPU."
     net,poses = network_of(net),full_precision(poses)
     if net.decoder is None: raise BadValue("decoder", None, "net has no decoder to draw with; train with one")
     which,parts = torch.as_tensor(which).expand(len(poses)),[]
@@ -62,21 +58,18 @@ def redraw(
             parts.append(net.decoder(mask_capsules(p.to(device), w.to(device))).cpu())
     return torch.cat(parts)
 
-# %% ../nbs/10d_measure.ipynb #moments-class
+# %% ../nbs/10d_measure.ipynb #image-moments
 class Moments(NamedTuple):
-    "Where the ink of some images is."
-    ink:Tensor    # Sum of the pixels, from 0 to 1 each, `(b,)`
+    "Where the ink of some images is, `(b,)` each; NaN, but for the ink, where an image is black."
+    ink:Tensor    # Sum of the pixels, from 0 to 1 each
     x:Tensor      # Centre, in pixels from the left edge's pixel
     y:Tensor      # Centre, in pixels from the top edge's pixel
     width:Tensor  # In pixels, with the slant undone
     height:Tensor # In pixels
     slant:Tensor  # Degrees to the right of upright
 
-# %% ../nbs/10d_measure.ipynb #image-moments
-def image_moments(
-    x:Tensor, # Images, `(b, c, h, w)`, light ink on black; channels are averaged
-) -> Moments: # `(b,)` each; NaN, but for the ink, where an image is black
-    "Ink, centre, size and slant of images, from their moments."
+def image_moments(x:Tensor) -> Moments:
+    "Moments of images `(b, c, h, w)`, light ink on black; channels are averaged."
     I = floats("x", x, (None,)*4).double().mean(1)                   # (b, h, w)
     ink = I.sum((1, 2))
     def mean(t): return (I*t).sum((1, 2))/ink                        # (b,)
@@ -92,12 +85,9 @@ def image_moments(
 # %% ../nbs/10d_measure.ipynb #effects
 EFFECTS = ("ink", "right", "down", "width", "height", "slant", "pixels") # %, 4 times pixels, degrees, mean change
 
-def dimension_effects(
-    net,          # A `CapsNet` with a decoder, or a `Run`
-    ps:PoseSet,   # Poses of images of known class
-    by:float=0.1, # Added and taken away
-) -> Tensor:      # `(n_classes, e, 7)`, as `EFFECTS`; NaN for a class without poses
-    "What each number of each class's pose does to the picture, on average over its images."
+def dimension_effects(net, ps:PoseSet, by:float=0.1) -> Tensor:
+    """What so much more of each number of a pose does to the picture, on average over the images of a class:
+    `(n_classes, e, 7)`, as `EFFECTS`; NaN for a class without poses."""
     k,e = ps.poses.shape[1:]
     out = torch.full((k, e, len(EFFECTS)), math.nan)
     step = torch.cat([torch.eye(e), -torch.eye(e)])[:,None]*by             # (2e, 1, e)
@@ -119,11 +109,8 @@ WORDS = (("ink −{}%", "ink +{}%", 2, 0), ("left {} px", "right {} px", 1, 1),
          ("up {} px", "down {} px", 1, 1), ("width −{} px", "width +{} px", 1, 1),
          ("height −{} px", "height +{} px", 1, 1), ("slant −{}°", "slant +{}°", 1, 0))
 
-def hint(
-    effect:Tensor, # One row of `dimension_effects`, `(7,)`
-    side:int=28,   # Height of the image, in pixels
-) -> str:          # Such as `slant +4°, ink −3%`
-    "What a dimension does, in a few words."
+def hint(effect:Tensor, side:int=28) -> str:
+    "One row of `dimension_effects`, of images so many pixels high, in a few words: `slant +4°, ink −3%`."
     said = []
     for (less,more,one,digits),v in zip(WORDS, effect.tolist()):
         size = abs(v)/(one*side/100 if "px" in more else one)
@@ -140,11 +127,8 @@ class RoutingView(NamedTuple):
     entropy:Tensor # Of the couplings, `(r, b, t, h, w)`: 1 for equal shares, 0 for one parent
     lengths:Tensor # Of the classes' capsules, `(r, b, j)`
 
-def routing_view(
-    net,           # A `CapsNet` or a `Run`
-    images:Tensor, # Some images `(n, c, h, w)`, or one; about 3 MB for each
-) -> RoutingView:  # On the CPU
-    "Couplings, support, entropy and lengths at each iteration."
+def routing_view(net, images:Tensor) -> RoutingView:
+    "Couplings, support, entropy and lengths at each iteration; takes about 3 MB for each image."
     net = network_of(net)
     h,w = (1, 1) if net.cfg.layers else net.cfg.grid
     def on_grid(t): return rearrange(t, "r b (t h w) j -> r b j t h w", h=h, w=w).cpu()
@@ -165,12 +149,8 @@ class Winners(NamedTuple):
     share:Tensor   # The last winner's share of the last couplings, mean over the children, `(n,)`
     largest:Tensor # Share of the children whose largest coupling goes to it, `(n,)`
 
-def winner_share(
-    net,                # A `CapsNet` or a `Run`
-    images:Tensor,      # Images, `(n, c, h, w)`
-    batch_size:int=100, # Images at once; about 3 MB for each
-) -> Winners:           # On the CPU
-    "The share of the coupling that goes to the winner, image by image."
+def winner_share(net, images:Tensor, batch_size:int=100) -> Winners:
+    "The share of the coupling that goes to the winner, image by image; about 3 MB for each of a batch."
     net,rows = network_of(net),[]
     with asking(net) as device:
         for x in a_batch(images).split(batch_size):
@@ -228,20 +208,14 @@ def measure_meaning(
         raise BadValue("y", y, f"class {names[count.argmin()]} has {few} images; to fit {d} "
                                f"numbers and test the fit, at least {2*(d+2)} are needed")
     own = [[t[y == c].detach().cpu().double().numpy() for t in (codes, factors)] for c in kinds]
-    corr = np.stack([_corr(x, f) for x,f in own])
-    r2 = np.stack([_r2(x[::2], f[::2], x[1::2], f[1::2]) for x,f in own])
+    corr = torch.tensor(np.stack([_corr(x, f) for x,f in own])).float()
+    r2 = torch.tensor(np.stack([_r2(x[::2], f[::2], x[1::2], f[1::2]) for x,f in own])).float()
     n_wrong = None if wrong is None else torch.stack([wrong[y == c].sum() for c in kinds])
-    corr,r2 = (torch.from_numpy(t).float() for t in (corr, r2))
     return Meaning(names, tuple(factor_names), corr, r2, (count+1)//2, count//2, n_wrong)
 
 # %% ../nbs/10d_measure.ipynb #capsule-meaning
-def capsule_meaning(
-    net,           # A `CapsNet` or a `Run`
-    images,        # Images whose factors are known: `Glyphs`, or an `ImageSet` with factors
-    classes=None,  # Names of the classes
-    batch:int=250, # Images at once
-) -> Meaning:      # For each class that occurs
-    "What each dimension of the right class's capsule says about the factors of the image."
+def capsule_meaning(net, images, classes=None, batch:int=250) -> Meaning:
+    "What each dimension of the right class's capsule says about the factors that made the images, as of `Glyphs`."
     names,y = class_names(net, classes),images.y.cpu()
     if getattr(images, "factors", None) is None:
         raise BadValue("images", images, "have no factors; make_glyphs gives images that have")

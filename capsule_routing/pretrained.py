@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .capsnet import CapsConfig, CapsNet
 from .data import ImageSet
-from .runs import Run, _json, write_atomic
+from .runs import Run, to_json, write_atomic
 from .training import evaluate
 
 # %% ../nbs/10b_pretrained.ipynb #package-bytes
@@ -101,5 +101,5 @@ def write_pretrained(
            f"{name}-poses.safetensors": dump_safetensors(dict(poses=poses.half().contiguous(), y=test.y[at].to(torch.uint8), index=at.to(torch.int32)))}
     record = {**record, "classes": list(test.classes), "network": json.loads(json.dumps(run.cfg.to_dict())), "n_errors_fp16": evaluate(net, test).n_errors,
               "sha256": {k: hashlib.sha256(b).hexdigest() for k, b in out.items()}}
-    for k, b in {**out, f"{name}.json": _json(record)}.items(): write_atomic(f"{folder}/{k}", b)
+    for k, b in {**out, f"{name}.json": to_json(record)}.items(): write_atomic(f"{folder}/{k}", b)
     return record

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 from einops import rearrange
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
@@ -37,7 +38,7 @@ class Picture(Figure):
     "A matplotlib figure that notebooks show by themselves, and that pyplot knows nothing of."
     def _repr_png_(self):
         width,height = (int(72*inches) for inches in self.get_size_inches())
-        few = Image.open(_file(self, 144)).convert("RGB").quantize(96)   # sharp, and half as heavy
+        few = Image.open(_file(self, 144)).convert("RGB").quantize(256)  # sharp, and half as heavy
         few.save(b := BytesIO(), "png", optimize=True)
         return b.getvalue(),dict(width=width, height=height)
 
@@ -48,16 +49,15 @@ def _file(fig, dpi, format="png"):
 
 def new_figure(width:float, height:float, rows:int=1, cols:int=1, **kwargs):
     "An empty figure, so many inches wide and high, that lays itself out; its axes as an array `(rows, cols)`."
-    fig = Picture(figsize=(width, height), layout="constrained")
-    return fig,fig.subplots(rows, cols, squeeze=False, **kwargs)
+    with rc_context({"font.size": 8, "axes.titlesize": 8}):
+        fig = Picture(figsize=(width, height), layout="constrained")
+        axes = fig.subplots(rows, cols, squeeze=False, **kwargs)
+    for ax in axes.flat: ax.tick_params(labelsize=7)
+    return fig,axes
 
 # %% ../nbs/11_visualize.ipynb #save-figure
-def save_figure(
-    fig:Figure,           # The figure
-    path:Union[str,Path], # Where; the ending says what: .png, .pdf or .svg
-    dpi:int=150,          # Pixels to an inch
-) -> Path:                # `path`
-    "Write a figure whole or not at all."
+def save_figure(fig:Figure, path:Union[str,Path], dpi:int=150) -> Path:
+    "Write a figure as .png, .pdf or .svg, whole or not at all."
     path,ending = Path(path),Path(path).suffix.lower()
     if ending not in (".png", ".pdf", ".svg"): raise BadValue("path", str(path), "must end in .png, .pdf or .svg")
     data = _file(fig, dpi, ending[1:]).getvalue()
@@ -72,7 +72,7 @@ def show_image(ax, x:Tensor, title:str="", **kwargs):
     x = x.detach().cpu()
     x = x.float().clamp(0, 1) if x.is_floating_point() else x/255
     ax.imshow(x.movedim(0, 2) if len(x) == 3 else x[0], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    ax.set_title(title, **{"fontsize": 8, **kwargs})
+    ax.set_title(title, **kwargs)
     ax.set(xticks=[], yticks=[])
 
 def _grid(pictures, titles, cols, size, wrong=(), labels=()):
@@ -83,7 +83,7 @@ def _grid(pictures, titles, cols, size, wrong=(), labels=()):
         ax.set(xticks=[], yticks=[], frame_on=picture is not None)
         style = dict(color=WRONG, fontweight="bold") if bad else dict(color=RIGHT)
         if picture is not None: show_image(ax, picture, title or "", **style)
-    for ax,label in zip(axes[:, 0], labels): ax.set_ylabel(label, fontsize=8)
+    for ax,label in zip(axes[:, 0], labels): ax.set_ylabel(label)
     return fig
 
 # %% ../nbs/11_visualize.ipynb #helpers
@@ -93,9 +93,9 @@ def _cells(ax, values, title="", texts=(), rows=(), cols=(), cmap="PuOr_r", **kw
     for at,text in np.ndenumerate(texts):
         dark = np.mean(im.to_rgba(values[at])[:3]) < 0.5 and np.isfinite(values[at])
         ax.text(*at[::-1], text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
-    ax.set_xticks(range(len(cols)), cols, fontsize=8)
-    ax.set_yticks(range(len(rows)), rows, fontsize=8)
-    ax.set_title(title, fontsize=8)
+    ax.set_xticks(range(len(cols)), cols)
+    ax.set_yticks(range(len(rows)), rows)
+    ax.set_title(title)
     return im
 
 def _bar(fig, image, axes, label, **kwargs):
@@ -170,21 +170,29 @@ def dimension_figure(net, source:Tensor, which:int=None, offsets=OFFSETS, classe
     ticks = range(0, s, math.ceil(s/11))
     says = [f"{offsets[k]:+.2f}" if offsets[k] else "0" for k in ticks]
     ax.set_xticks([w*(k+.5)-.5 for k in ticks], says, fontsize=6)
-    ax.set_yticks([h*(k+.5)-.5 for k in range(e)], range(e), fontsize=8)
+    ax.set_yticks([h*(k+.5)-.5 for k in range(e)], range(e))
     ax.set(xlabel="added to the dimension", ylabel="dimension")
     for k in (k for k in range(s) if offsets[k] == 0):
         ax.add_patch(Rectangle((k*w-.5, -.5), w, h*e, fill=False, edgecolor=FIRST, linewidth=1.5))
     return fig
 
 # %% ../nbs/11_visualize.ipynb #type-tiles
-def type_tiles(
-    maps:Tensor,   # One number for each primary capsule, `(t, h, w)`
-    cols:int=None, # Tiles in a row
-):                 # Array of the tiles, one cell between any two, NaN where no capsule is
-    "Lay the maps of all types side by side."
+def type_tiles(maps:Tensor, cols:int=None) -> np.ndarray:
+    "The maps of all types `(t, h, w)` side by side, so many in a row; NaN between them, and where no capsule is."
     cols = min(len(maps), cols or math.ceil(math.sqrt(len(maps)/2)))
     maps = pad(maps.detach().cpu().double(), (0, 1, 0, 1, 0, -len(maps) % cols), value=math.nan)
     return rearrange(maps, "(r c) h w -> (r h) (c w)", c=cols)[:-1, :-1].numpy()
+
+def _entropy_panel(ax, entropy):
+    "Entropy `(r, i)` over the iterations: mean, and the range that holds nine tenths"
+    steps,mean = range(1, len(entropy)+1),entropy.mean(1)
+    low,high = entropy.quantile(torch.tensor([0.05, 0.95]), dim=1)
+    ax.fill_between(steps, low, high, color=SECOND, alpha=0.25, linewidth=0, label="90% of the capsules")
+    ax.plot(steps, mean, color=SECOND, marker="o", markersize=4, label=f"mean, at last {mean[-1]:.4f}")
+    ax.set(xlabel="iteration", xticks=steps[::math.ceil(len(steps)/6)])
+    ax.ticklabel_format(axis="y", useOffset=False)
+    ax.set_title("entropy (1: equal shares)")
+    ax.legend(fontsize=7, loc="lower left", frameon=False)
 
 # %% ../nbs/11_visualize.ipynb #couplings-figure
 def couplings_figure(net, image:Tensor, which:int=None, classes=None) -> Figure:
@@ -205,18 +213,6 @@ def couplings_figure(net, image:Tensor, which:int=None, classes=None) -> Figure:
     _entropy_panel(axes[-1], view.entropy[:, 0].flatten(1))
     return fig
 
-def _entropy_panel(ax, entropy):
-    "Entropy `(r, i)` over the iterations: mean, and the range that holds nine tenths"
-    steps,mean = range(1, len(entropy)+1),entropy.mean(1)
-    low,high = entropy.quantile(torch.tensor([0.05, 0.95]), dim=1)
-    ax.fill_between(steps, low, high, color=SECOND, alpha=0.25, linewidth=0, label="90% of the capsules")
-    ax.plot(steps, mean, color=SECOND, marker="o", markersize=4, label=f"mean, at last {mean[-1]:.4f}")
-    ax.set(xlabel="iteration", xticks=steps[::math.ceil(len(steps)/6)])
-    ax.ticklabel_format(axis="y", useOffset=False)
-    ax.tick_params(labelsize=7)
-    ax.set_title("entropy (1: equal shares)", fontsize=8)
-    ax.legend(fontsize=7, loc="lower left", frameon=False)
-
 # %% ../nbs/11_visualize.ipynb #receptive-field
 class Field(NamedTuple):
     "The pixels that one place of a grid can see, along one axis."
@@ -224,21 +220,16 @@ class Field(NamedTuple):
     step:int  # Pixels from one place to the next
     size:int  # Pixels seen by one place
 
-def receptive_field(
-    net,              # A `CapsNet` or a `Run`; or any module that makes maps of images
-    image_shape=None, # Channels, height, width; None for those of the network
-) -> tuple:           # `Field` of the rows, `Field` of the columns
-    "Which pixels the places of a grid see, by the gradient: whatever stands between."
+def receptive_field(net, image_shape=None) -> tuple:
+    "`Field` of rows and columns by the gradient; of a network, or of any module that makes maps of such images."
     caps = network_of(net) if image_shape is None else None
-    noise = torch.Generator().manual_seed(0)
-    x = torch.rand(4, *(image_shape or caps.cfg.image_shape), generator=noise)
+    x = torch.rand(4, *(image_shape or caps.cfg.image_shape), generator=torch.Generator().manual_seed(0))
     with asking(caps or net) as device, torch.inference_mode(False):
         x = x.to(device).requires_grad_()
         maps = net(x) if caps is None else caps.primary.conv(caps.trunk(x))   # (4, c, h, w)
     h,w = maps.shape[2:]
     places = [maps[:, :, min(k, h-1), min(k, w-1)].sum() for k in range(max(h, w))]
-    seen = torch.stack([torch.autograd.grad(p, x, retain_graph=True)[0] for p in places])
-    seen = seen.abs().sum((1, 2)).cpu()                                # (k, h, w)
+    seen = torch.stack([torch.autograd.grad(p, x, retain_graph=True)[0] for p in places]).abs().sum((1, 2)).cpu()
     return _field(seen[:h].sum(2)),_field(seen[:w].sum(1))
 
 def _field(seen):
@@ -256,8 +247,8 @@ def voters_figure(net, image:Tensor, which=None, classes=None) -> Figure:
     view = routing_view(net, x)
     if view.support is None: raise BadValue("routing", net.cfg.routing, "has no votes to draw")
     there = view.lengths[-1, 0]
-    if which is None: which = there.topk(2).indices
-    which = [_which(net, k, there) for k in ([which] if np.ndim(which) == 0 else which)]
+    which = there.topk(2).indices if which is None else np.atleast_1d(which)
+    which = [_which(net, k, there) for k in which.tolist()]
     maps = view.support[-1, 0, which].sum(1)                           # (k, h, w)
     reach,(h,w) = max(maps.abs().max().item(), 1e-12),maps.shape[1:]
     (y0,dy,high),(x0,dx,wide) = receptive_field(net)
@@ -265,10 +256,9 @@ def voters_figure(net, image:Tensor, which=None, classes=None) -> Figure:
     fig,(axes,) = new_figure(3.5+2.3*len(which), 2.9, 1, len(which)+1)
     show_image(axes[0], x[0], "input")
     for ax,k,m in zip(axes[1:], which, maps):
-        pale = 0.6+0.4*x[0] if len(x[0]) == 3 else 1-0.45*x[0]
-        show_image(ax, pale, f"{names[k]}: length {there[k]:.2f}, support {m.sum():.2f}")
-        im = ax.imshow(m, cmap="PuOr_r", vmin=-reach, vmax=reach, alpha=0.65, interpolation="nearest",
-                       extent=(left, left+dx*w, top+dy*h, top))
+        show_image(ax, 0.6+0.4*x[0] if len(x[0]) == 3 else 1-0.45*x[0])
+        im = _cells(ax, m, f"{names[k]}: length {there[k]:.2f}, support {m.sum():.2f}", alpha=0.65,
+                    vmin=-reach, vmax=reach, extent=(left, left+dx*w, top+dy*h, top))
         i,j = divmod(int(m.argmax()), w)
         ax.add_patch(Rectangle((x0+dx*j-.5, y0+dy*i-.5), wide, high, fill=False, linestyle="--"))
         ax.set(xlim=(-.5, x.shape[3]-.5), ylim=(x.shape[2]-.5, -.5))
@@ -346,7 +336,8 @@ def loss_trend(history) -> Trend:
 def _rows(history):
     "The rows of a run"
     rows,need = getattr(history, "history", history),{"test_loss", "train_loss", "test_errors", "test_n"}
-    if isinstance(rows, (list, tuple)) and rows and all(isinstance(r, dict) and need <= set(r) for r in rows): return rows
+    if isinstance(rows, (list, tuple)) and rows and all(isinstance(r, dict) and need <= set(r) for r in rows):
+        return rows
     raise BadValue("history", history, f"must be a run or its rows, dicts with {', '.join(sorted(need))}")
 
 # %% ../nbs/11_visualize.ipynb #history-figure
@@ -370,9 +361,9 @@ def history_figure(history) -> Figure:
         if ax.get_yscale() == "linear": ax.set_ylim(bottom=0)
         if len(rows) <= 12: ax.set_xticks(epochs)
         ax.set(xlabel="epoch", ylabel=what)
-        ax.set_title(title, fontsize=8)
+        ax.set_title(title)
         ax.grid(color="0.9")
-        ax.legend(fontsize=8, frameon=False)
+        ax.legend(fontsize=7, frameon=False)
     return fig
 
 # %% ../nbs/11_visualize.ipynb #two-colours
@@ -418,10 +409,11 @@ def meaning_figure(m:Meaning, classes=None) -> Figure:
         im = _cells(ax, v, f"class {c}", texts, range(d), m.factors, aspect="auto", vmin=-1, vmax=1)
         ax.tick_params(axis="x", rotation=90, labelbottom=k+cols >= len(shown))
         ax.set_yticks(range(0, d, 1 if few else 5))
-    for ax in axes[:, 0]: ax.set_ylabel("dimension", fontsize=8)
+    for ax in axes[:, 0]: ax.set_ylabel("dimension")
     _bar(fig, im, axes, "correlation", shrink=0.7)
     return fig
 
+# %% ../nbs/11_visualize.ipynb #r2-figure
 def r2_figure(m:Meaning) -> Figure:
     "How much of each factor a linear fit reads out of the pose, on held-out images, class by class."
     (k,f),low,high = m.r2.shape,int(m.n_test.min()),int(m.n_test.max())
@@ -430,7 +422,7 @@ def r2_figure(m:Meaning) -> Figure:
     texts = np.vectorize("{:.2f}".format)(m.r2)
     im = _cells(ax, m.r2.numpy(), title, texts, m.classes, m.factors, "viridis", aspect="auto", vmin=0, vmax=1)
     ax.tick_params(axis="x", rotation=30)
-    ax.set_ylabel("class", fontsize=8)
+    ax.set_ylabel("class")
     _bar(fig, im, ax, "R²", extend="min")
     return fig
 
