@@ -202,9 +202,7 @@ class CapsStack(nn.Module):
         def layer(n, m): return made("routing", routing[cfg.routing], *n, *m, **cfg.routing_options)
         *hidden,last = (layer(n, m) for n,m in zip(sizes, sizes[1:]))
         self.hidden,self.digit = nn.ModuleList(hidden),last
-        for m in (*self.trunk.modules(), self.primary.conv): # how they lie in memory, nothing else
-            if isinstance(m, nn.Conv2d):
-                m.weight = nn.Parameter(m.weight.detach().to(memory_format=torch.channels_last))
+        for m in (self.trunk, self.primary): m.to(memory_format=torch.channels_last) # how they lie in memory, no more
 
     def capsules(self,
         x:Tensor,     # Images, `(b, c, h, w)`, from 0 to 1
