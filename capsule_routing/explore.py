@@ -52,7 +52,8 @@ def explorer_state(net:CapsNet, ps:PoseSet, classes=None, images:int=20) -> dict
     if not isinstance(ps, PoseSet): raise BadValue("poses", ps, "must be a PoseSet, as image_poses makes it")
     floats("poses", ps.poses, (len(ps.index), c.n_classes, c.d_class))
     class_indices("y", ps.y, len(ps.index), c.n_classes)
-    if not len(ps.y) or not ps.poses.isfinite().all(): raise BadValue("poses", ps.poses, "must be finite, not none")
+    if not len(ps.y) or not ps.poses.isfinite().all():
+        raise BadValue("poses", ps.poses, "must be finite, and at least one")
     names,have = class_names(net, classes, None),ps.y.unique().tolist()
     n = min(whole("images", images), int(ps.y.bincount()[have].min()))
     few = PoseSet(*(t[first_of_each(ps.y, n)].cpu() for t in ps))
@@ -159,13 +160,13 @@ class CapsuleExplorer(Shown):
         self.sliders = [ipywidgets.FloatSlider(description=str(d), **move) for d in range(s["dims"])]
         self.labels = [ipywidgets.Label(text) for text in s["hints"][first]]
         self.kind = ipywidgets.Dropdown(options=s["names"], description="class", index=first)
-        self.which = ipywidgets.Dropdown(options=[str(k+1) for k in range(s["images"])], description="image", index=0)
+        self.which = ipywidgets.Dropdown(options=[str(k+1) for k in range(s["images"])], description="image")
         self.view = CapsuleView(sliders=self.sliders, labels=self.labels, choices=[self.kind, self.which], **s,
                                 _esm=explorer_file("decode.js", "widget.js"), _css=explorer_file("widget.css"))
-        says = ipywidgets.Label("What 0.1 more of a dimension does, on average over the class:")
+        says = ipywidgets.Label("What 0.1 more of a dimension does, on average over the class:").add_class("capsule-head")
         rows = [ipywidgets.HBox(row).add_class("capsule-row") for row in zip(self.sliders, self.labels)]
         left = ipywidgets.VBox([self.view, self.kind, self.which]).add_class("capsule-left")
-        super().__init__([left, ipywidgets.VBox([says.add_class("capsule-head"), *rows]).add_class("capsule-rows")])
+        super().__init__([left, ipywidgets.VBox([says, *rows]).add_class("capsule-rows")])
         self.add_class("capsule-explorer").kind.observe(self._say, "index")
 
 # %% ../nbs/12_explore.ipynb #explorer-page

@@ -44,7 +44,8 @@ def a_batch(images:Tensor, most:int=None) -> Tensor:
     "One image `(c, h, w)` or at most so many, as a batch, from 0 to 1."
     if not isinstance(images, Tensor): raise BadValue("images", images, "must be a tensor")
     x = images[None] if images.ndim == 3 else images
-    if not 1 <= len(x) <= (most or len(x)): raise BadValue("images", images, f"must be 1 to {most or 'any number'}")
+    if not 1 <= len(x) <= (most or len(x)):
+        raise BadValue("images", images, "must be one image" if most == 1 else f"must be 1 to {most} images")
     return as_input(x, x.device)
 
 # %% ../nbs/10d_measure.ipynb #redraw

@@ -70,8 +70,8 @@ RIGHT,WRONG,FIRST,SECOND = "black","#C04000","#E69F00","#0072B2"   # Of texts; o
 def show_image(ax, x:Tensor, title:str="", **kwargs):
     "Draw one image `(c, h, w)`, bytes or from 0 to 1: in colour with three channels, else its first in grey."
     x = x.detach().cpu()
-    x = x.float().clamp(0, 1) if x.is_floating_point() else x/255
-    ax.imshow(x.movedim(0, 2) if len(x) == 3 else x[0], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    x = (x.float().clamp(0, 1) if x.is_floating_point() else x/255).numpy()
+    ax.imshow(x.transpose(1, 2, 0) if len(x) == 3 else x[0], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     ax.set_title(title, **kwargs)
     ax.set(xticks=[], yticks=[])
 
@@ -89,7 +89,7 @@ def _grid(pictures, titles, cols, size, wrong=(), labels=()):
 # %% ../nbs/11_visualize.ipynb #helpers
 def _cells(ax, values, title="", texts=(), rows=(), cols=(), cmap="PuOr_r", **kwargs):
     "A matrix as coloured cells, each with its text; what its rows and columns are called"
-    im = ax.imshow(np.ma.masked_invalid(values), cmap=cmap, interpolation="nearest", **kwargs)
+    im = ax.imshow(np.ma.masked_invalid(np.asarray(values)), cmap=cmap, interpolation="nearest", **kwargs)
     for at,text in np.ndenumerate(texts):
         dark = np.mean(im.to_rgba(values[at])[:3]) < 0.5 and np.isfinite(values[at])
         ax.text(*at[::-1], text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
@@ -124,7 +124,7 @@ def reconstruction_figure(net, images:Tensor, target:Tensor, classes=None) -> Fi
 
 # %% ../nbs/11_visualize.ipynb #right-and-wrong
 def worst_mistakes(ev:Evaluation, n:int=24) -> Tensor:
-    "Indices of at most `n` images whose wrong capsule is longest in comparison with the right one, the worst first."
+    "Indices of images whose wrong capsule is longest in comparison with the right one, the worst first."
     wrong = (ev.pred != ev.target).nonzero().flatten()
     gap = ev.lengths[wrong, ev.pred[wrong]]-ev.lengths[wrong, ev.target[wrong]]
     return wrong[gap.argsort(descending=True, stable=True)[:n]]
@@ -158,7 +158,7 @@ def dimension_pictures(
 
 # %% ../nbs/11_visualize.ipynb #dimension-figure
 def dimension_figure(net, source:Tensor, which:int=None, offsets=OFFSETS, classes=None) -> Figure:
-    "What each dimension of a capsule does to the drawing of an image, or of poses `(j, e)` (the paper's figure 4)."
+    "What each dimension of a capsule does to the drawing of an image, or of poses (the paper's figure 4)."
     names,net,poses = class_names(net, classes),network_of(net),source
     if isinstance(source, Tensor) and source.ndim == 3: poses = predict(net, source[None]).poses[0]
     pictures = dimension_pictures(net, poses, which, offsets)          # (e, s, c, h, w)
@@ -196,7 +196,7 @@ def _entropy_panel(ax, entropy):
 
 # %% ../nbs/11_visualize.ipynb #couplings-figure
 def couplings_figure(net, image:Tensor, which:int=None, classes=None) -> Figure:
-    "How strongly each child of the class layer is coupled to one class, in up to five iterations, and their entropy."
+    "How strongly each child of the class layer is coupled to one class, in up to five iterations; entropy."
     names,net,x = class_names(net, classes),network_of(net),a_batch(image, 1)
     view,equal = routing_view(net, x),1/len(names)
     which = _which(net, which, view.lengths[-1, 0])
@@ -209,7 +209,8 @@ def couplings_figure(net, image:Tensor, which:int=None, classes=None) -> Figure:
     for ax,k in zip(axes[1:], steps):
         im = _cells(ax, tiles[k], f"iteration {k+1}", vmin=equal-reach, vmax=equal+reach)
     whose = f"capsules of layer {len(net.cfg.layers)}" if net.cfg.layers else "primary capsules"
-    _bar(fig, im, axes[1:-1], f"coupling of {whose}\nto {names[which]}; {equal:.2g} is an equal share", extend="both")
+    says = f"coupling of {whose}\nto {names[which]}; {equal:.2g} is an equal share"
+    _bar(fig, im, axes[1:-1], says, extend="both")
     _entropy_panel(axes[-1], view.entropy[:, 0].flatten(1))
     return fig
 
@@ -243,7 +244,7 @@ def _field(seen):
 def voters_figure(net, image:Tensor, which=None, classes=None) -> Figure:
     "The places that vote for some classes, by default the two longest: support at the end, over the image."
     names,net,x = class_names(net, classes),network_of(net),a_batch(image, 1)
-    if net.cfg.layers: raise BadValue("layers", net.cfg.layers, "capsules that vote for the classes stand on no grid")
+    if net.cfg.layers: raise BadValue("layers", net.cfg.layers, "the capsules that vote stand on no grid")
     view = routing_view(net, x)
     if view.support is None: raise BadValue("routing", net.cfg.routing, "has no votes to draw")
     there = view.lengths[-1, 0]
@@ -374,7 +375,7 @@ def two_colours(a:Tensor, b:Tensor) -> Tensor:
 
 # %% ../nbs/11_visualize.ipynb #overlap-figure
 def overlap_figure(net, images:Tensor, labels:Tensor, classes=None, which=None) -> Figure:
-    "Two overlapping things, of classes `(n, 2)`, taken apart: drawn from the two longest capsules, or from `which`."
+    "Two overlapping things of classes `(n, 2)` taken apart: from the two longest capsules, or from `which`."
     names,net,x = class_names(net, classes),network_of(net),a_batch(images, 16)
     labels,out = _pairs("labels", labels, len(x), len(names)),predict(net, x)
     found = _pairs("which", out.lengths.topk(2).indices if which is None else which, len(x), len(names))
