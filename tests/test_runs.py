@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from capsule_routing import registry, runs
 from capsule_routing.capsnet import CapsNet, caps_config
+from capsule_routing.settings import TrainConfig
 from capsule_routing.runs import (BEST, CONFIG, HISTORY, LAST, LOCK, SUMS, Checkpoint, RunLocked, check_rebuilds, digest, load_run, lock_run, pack_optimizer,
                                   read_checkpoint, read_json, save_run, unpack_optimizer, write_atomic, write_checkpoint, write_tensors)
 
@@ -98,6 +99,8 @@ def test_a_header_too_long_to_be_read_is_not_written(run):
 
 def test_a_history_of_as_many_epochs_as_are_allowed_fits(run):
     "Written, and read back within a second and a half; 20,000 epochs in less than one"
+    assert TrainConfig(epochs=runs.MAX_EPOCHS) and runs.MAX_EPOCHS >= 20_000
+    with pytest.raises(ValueError, match="epochs=30001: must be at most 30000"): TrainConfig(epochs=runs.MAX_EPOCHS + 1)
     path, net = run
     row = json.loads((ROOT/"capsule_routing"/"weights"/"mnist.json").read_text())["runs"][0]["history"][-1]
     for n, limit in ((20_000, 1.), (runs.MAX_EPOCHS, 1.5)):
@@ -552,6 +555,15 @@ def test_an_optimizer_that_cannot_be_kept(tmp_path):
     opt = Counting(net.parameters())
     opt.state[net.digit.W]["odd"] = object()
     with pytest.raises(ValueError, match="optimizer='Counting': cannot be kept in a run folder"): pack_optimizer(net, opt)
+
+
+def test_more_than_is_read_back_is_not_written(tmp_path):
+    "An optimizer that remembers a hundred times the weights: refused when it is written, not when it is read"
+    net, opt = make("own", False)
+    steps(net, opt, 0, 1)
+    for p in net.parameters(): opt.state[p]["much"] = torch.zeros(100, p.numel())
+    with pytest.raises(ValueError, match="last.safetensors: not written: more than 62 times its weights"): state(net, opt, tmp_path/"run")
+    load_run(tmp_path/"run")
 
 
 def test_another_optimizer_or_other_weights_do_not_go_on():

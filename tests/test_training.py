@@ -7,14 +7,15 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 
 from capsule_routing import runs, training
-from capsule_routing.capsnet import CapsConfig, CapsNet
+from capsule_routing.capsnet import CapsNet, caps_config
 from capsule_routing.data import ImageData, ImageSet, batches
 from capsule_routing.losses import capsule_loss, margin_loss, reconstruction_loss
 from capsule_routing.runs import BEST, CONFIG, HISTORY, LAST, LOCK, RunLocked, digest, load_run, lock_run, read_json
+from capsule_routing.settings import SCHEDULES
 from capsule_routing.training import (CheckpointFailed, Interrupted, TrainConfig, Trainer, TrainingDiverged, evaluate, fit, lr_at, new_net,
                                       peak_memory, pick_device, pick_precision, resume_config)
 
-TINY = CapsConfig(height=20, width=20, n_classes=3, conv_channels=4, n_types=2, d_primary=4, d_class=4, decoder=(8,))
+TINY = caps_config(height=20, width=20, n_classes=3, conv_channels=4, n_types=2, d_primary=4, d_class=4, decoder=(8,))
 CFG = TrainConfig(epochs=2, batch_size=8, test_batch_size=7, threads=1, precision="fp32", checkpoint_minutes=None)
 FILES = {CONFIG, HISTORY, LAST, BEST}
 
@@ -139,14 +140,14 @@ def test_paper_schedule():
 
 def test_warm_up():
     "The first rates rise in a straight line to what the schedule says then; none without it"
-    for schedule in training.SCHEDULES:
+    for schedule in SCHEDULES:
         c = TrainConfig(schedule=schedule, epochs=3)
         for t in range(60): assert lr_at(t, replace(c, warmup=40), 100) == pytest.approx(min(1, (t + 1)/40)*lr_at(t, c, 100), rel=1e-12)
     assert TrainConfig().warmup == 0 and lr_at(0, replace(TrainConfig(), warmup=1), 469) == 1e-3
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.integers(0, 5000), st.sampled_from(training.SCHEDULES), st.integers(1, 9), st.integers(1, 500))
+@given(st.integers(0, 5000), st.sampled_from(SCHEDULES), st.integers(1, 9), st.integers(1, 500))
 def test_every_rate_is_between_nought_and_lr(t, schedule, epochs, steps):
     assert 0 <= lr_at(t, TrainConfig(schedule=schedule, epochs=epochs), steps) <= 1e-3
 
@@ -498,7 +499,7 @@ def test_bad_settings(bad):
 
 
 def test_data_that_does_not_fit(data):
-    with pytest.raises(ValueError, match=r"\(1, 20, 20\).*\(1, 28, 28\)"): train(data, net=CapsNet(CapsConfig(conv_channels=4, n_types=2, d_primary=4, d_class=4, decoder=None)))
+    with pytest.raises(ValueError, match=r"\(1, 20, 20\).*\(1, 28, 28\)"): train(data, net=CapsNet(caps_config(conv_channels=4, n_types=2, d_primary=4, d_class=4, decoder=None)))
     with pytest.raises(ValueError, match="class 2.*0 to 1"): train(data, net=new_net(replace(TINY, n_classes=2), 1))
     with pytest.raises(TypeError, match="CapsNet"): fit(torch.nn.Linear(2, 2), data, CFG)
     with pytest.raises(TypeError, match="TrainConfig"): fit(new_net(TINY, 1), data, dict(epochs=1))
