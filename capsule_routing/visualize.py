@@ -49,7 +49,7 @@ def _file(fig, dpi, format="png"):
 
 def new_figure(width:float, height:float, rows:int=1, cols:int=1, **kwargs):
     "An empty figure, so many inches wide and high, that lays itself out; its axes as an array `(rows, cols)`."
-    with rc_context({"font.size": 8, "axes.titlesize": 8}):
+    with rc_context({"font.size": 8}):
         fig = Picture(figsize=(width, height), layout="constrained")
         axes = fig.subplots(rows, cols, squeeze=False, **kwargs)
     for ax in axes.flat: ax.tick_params(labelsize=7)
@@ -72,7 +72,7 @@ def show_image(ax, x:Tensor, title:str="", **kwargs):
     x = x.detach().cpu()
     x = (x.float().clamp(0, 1) if x.is_floating_point() else x/255).numpy()
     ax.imshow(x.transpose(1, 2, 0) if len(x) == 3 else x[0], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    ax.set_title(title, **kwargs)
+    ax.set_title(title, **{"fontsize": 8, **kwargs})
     ax.set(xticks=[], yticks=[])
 
 def _grid(pictures, titles, cols, size, wrong=(), labels=()):
@@ -95,7 +95,7 @@ def _cells(ax, values, title="", texts=(), rows=(), cols=(), cmap="PuOr_r", **kw
         ax.text(*at[::-1], text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
     ax.set_xticks(range(len(cols)), cols)
     ax.set_yticks(range(len(rows)), rows)
-    ax.set_title(title)
+    ax.set_title(title, fontsize=8)
     return im
 
 def _bar(fig, image, axes, label, **kwargs):
@@ -191,7 +191,7 @@ def _entropy_panel(ax, entropy):
     ax.plot(steps, mean, color=SECOND, marker="o", markersize=4, label=f"mean, at last {mean[-1]:.4f}")
     ax.set(xlabel="iteration", xticks=steps[::math.ceil(len(steps)/6)])
     ax.ticklabel_format(axis="y", useOffset=False)
-    ax.set_title("entropy (1: equal shares)")
+    ax.set_title("entropy (1: equal shares)", fontsize=8)
     ax.legend(fontsize=7, loc="lower left", frameon=False)
 
 # %% ../nbs/11_visualize.ipynb #couplings-figure
@@ -362,7 +362,7 @@ def history_figure(history) -> Figure:
         if ax.get_yscale() == "linear": ax.set_ylim(bottom=0)
         if len(rows) <= 12: ax.set_xticks(epochs)
         ax.set(xlabel="epoch", ylabel=what)
-        ax.set_title(title)
+        ax.set_title(title, fontsize=8)
         ax.grid(color="0.9")
         ax.legend(fontsize=7, frameon=False)
     return fig
