@@ -66,7 +66,7 @@ def lr_at(
     return rise*cfg.lr*(t/0.2 if t < 0.2 else (1 + math.cos(math.pi*min(1., (t - 0.2)/0.8)))/2)
 
 # %% ../nbs/09c_settings.ipynb #recipes
-RECIPES = dict(paper={}, fast=dict(epochs=12, lr=2e-3, schedule="one_cycle", average=0.998))
+RECIPES:dict = dict(paper={}, fast=dict(epochs=12, lr=2e-3, schedule="one_cycle", average=0.998))
 
 # %% ../nbs/09c_settings.ipynb #resume-config
 FREE = ("epochs", "test_batch_size", "log_interval", "checkpoint_minutes", "checkpoint_steps", "threads")
