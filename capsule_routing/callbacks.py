@@ -19,12 +19,8 @@ from .runs import (CONFIG, HISTORY, LAST, RAW, Checkpoint, first_nonfinite, pack
 # %% ../nbs/09b_callbacks.ipynb #callback
 class Callback:
     "Does something at some of the moments of a training; define the methods that you need."
-    def state_dict(self) -> dict: # Plain values, for JSON
-        "What a run that goes on must know."
-        return {}
-
-    def load_state_dict(self, d:dict):
-        "Take up what `state_dict` gave."
+    def state_dict(self) -> dict: return {}       # Plain values, for JSON: what a run that goes on must know
+    def load_state_dict(self, d:dict): pass       # Take up what `state_dict` gave
 
 # %% ../nbs/09b_callbacks.ipynb #exceptions
 class Interrupted(KeyboardInterrupt):
@@ -114,7 +110,8 @@ class Checkpoints(Callback):
     def after_step(self, t):
         c,left = t.cfg,t.step < t.steps
         steps = c.checkpoint_steps and t.global_step % c.checkpoint_steps == 0
-        if left and (steps or c.checkpoint_minutes and time.monotonic() - self.at >= 60*c.checkpoint_minutes): self.save(t)
+        minutes = c.checkpoint_minutes and time.monotonic() - self.at >= 60*c.checkpoint_minutes
+        if left and (steps or minutes): self.save(t)
 
     def after_epoch(self, t):
         *before,row = [r["test_errors"] for r in t.history]
@@ -148,7 +145,6 @@ class Step(NamedTuple):
     loss:Optional[float] # Mean over the images since the last look, or None at steps without one
     images_per_second:Optional[float] # This session's training speed, or None before it is known
 
-# %% ../nbs/09b_callbacks.ipynb #progress
 class Progress(Callback):
     "Tells a reporter where training is."
     def before_fit(self, t): t.tell("on_start", t.where())
@@ -161,37 +157,30 @@ class Progress(Callback):
 # %% ../nbs/09b_callbacks.ipynb #logs
 class CSVLog(Callback):
     "A row for each epoch in `history.csv`."
-    def rows(self, history):
-        out,names = io.StringIO(),list(dict.fromkeys(k for r in history for k in r))
+    def before_fit(self, t): self.after_epoch(t)
+    def after_epoch(self, t):
+        out,names = io.StringIO(),list(dict.fromkeys(k for r in t.history for k in r))
         table = csv.DictWriter(out, names, lineterminator="\n")
         table.writeheader()
-        table.writerows(history)
-        return out.getvalue().encode()
-
-    def before_fit(self, t): self.write(t)
-    def after_epoch(self, t): self.write(t)
-    def write(self, t):
-        if t.history: write_atomic(t.path/"history.csv", self.rows(t.history))
+        table.writerows(t.history)
+        if t.history: write_atomic(t.path/"history.csv", out.getvalue().encode())
 
 class TensorBoardLog(Callback):
-    "Every number of each epoch for TensorBoard; needs the package `tensorboard`."
+    "Every number of each epoch for TensorBoard, in the run folder; needs the package `tensorboard`."
     def before_fit(self, t):
-        if find_spec("tensorboard") is None: raise BadValue("callbacks", "TensorBoardLog", "needs the package tensorboard")
+        if find_spec("tensorboard") is None: raise BadValue("callbacks", self, "needs the package tensorboard")
         from torch.utils.tensorboard import SummaryWriter
         self.to = SummaryWriter(str(t.path/"tensorboard"), purge_step=t.epoch)
         t.stack.callback(self.to.close)
 
     def after_epoch(self, t):
-        row = t.history[-1]
-        for k,v in row.items():
-            if isinstance(v, (int, float)): self.to.add_scalar(k.replace("_", "/", 1), v, row["epoch"])
+        for k,v in t.history[-1].items():
+            if isinstance(v, (int, float)): self.to.add_scalar(k.replace("_", "/", 1), v, t.history[-1]["epoch"])
 
 # %% ../nbs/09b_callbacks.ipynb #early
 class StopAt(Callback):
-    "Stop after the epoch whose test accuracy is at least this: for comparing networks at one accuracy."
-    def __init__(self,
-        accuracy:float, # A share
-    ): self.accuracy = accuracy
+    "Stop after the epoch whose test accuracy, a share, is at least this: for comparing networks at one accuracy."
+    def __init__(self, accuracy:float): self.accuracy = accuracy
     def before_fit(self, t): self.after_epoch(t)
     def after_epoch(self, t): t.done |= bool(t.history) and t.history[-1]["test_accuracy"] >= self.accuracy
 
@@ -202,13 +191,14 @@ class EarlyStopping(Callback):
         metric:str="train_loss",   # A number of the history; one of the test set would be chosen by it
         better:str="lower",        # Is `lower` better, or `higher`?
     ):
-        self.patience,self.metric,self.sign = whole("patience", patience),metric,1 if one_of("better", better, ("lower", "higher")) == "lower" else -1
+        self.patience,self.metric = whole("patience", patience),metric
+        self.sign = 1 if one_of("better", better, ("lower", "higher")) == "lower" else -1
 
-    def before_fit(self, t): t.done |= self.tired(t.history)
+    def before_fit(self, t): self.after_epoch(t)
     def after_epoch(self, t): t.done |= self.tired(t.history)
-
     def tired(self, history):
         "Is the best value older than `patience` epochs?"
-        if history and self.metric not in history[0]: raise BadValue("metric", self.metric, f"must be one of {', '.join(history[0])}")
+        if history and self.metric not in history[0]:
+            raise BadValue("metric", self.metric, f"must be one of {', '.join(history[0])}")
         values = [self.sign*r[self.metric] for r in history]
         return bool(values) and len(values) - 1 - values.index(min(values)) >= self.patience

@@ -46,7 +46,8 @@ class Sizes:
         names = [f.name for f in fields(cls)]
         for k in set(d) - set(names):
             near = get_close_matches(str(k), names, 1)
-            raise BadValue("config", k, f"unknown size; did you mean {near[0]}?" if near else f"known are {', '.join(names)}")
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(names)}"
+            raise BadValue("config", k, f"unknown size; {hint}")
         return cls(**d)
 
 # %% ../nbs/06_capsnet.ipynb #conv9
@@ -102,10 +103,11 @@ class CapsConfig(Sizes):
         for k in ("layers", "decoder"):
             v = getattr(self, k)
             if k == "decoder" and v is None: continue
-            if not isinstance(v, (tuple,list)): raise BadValue(k, v, "must be a tuple" + " of widths or None"*(k == "decoder"))
+            if not isinstance(v, (tuple,list)): raise BadValue(k, v, "must be a tuple" + " or None"*(k == "decoder"))
             object.__setattr__(self, k, tuple(_widths(k, o) for o in v))
         routing[self.routing]
-        if min(self.grid) < 1: raise BadValue("image_shape", self.image_shape, f"height and width must be at least {self.least}")
+        if min(self.grid) > 0: return
+        raise BadValue("image_shape", self.image_shape, f"height and width must be at least {self.least}")
 
     @cached_property
     def features(self) -> tuple:
@@ -147,8 +149,8 @@ class CapsConfig(Sizes):
 def _widths(name, v):
     "A whole number for `decoder`, a pair of them for `layers`"
     if name == "decoder": return whole(name, v)
-    if not isinstance(v, (tuple,list)) or len(v) != 2: raise BadValue(name, v, "must be pairs of how many capsules and how large")
-    return tuple(whole(name, o) for o in v)
+    if isinstance(v, (tuple,list)) and len(v) == 2: return tuple(whole(name, o) for o in v)
+    raise BadValue(name, v, "must be pairs of how many capsules and how large")
 
 # %% ../nbs/06_capsnet.ipynb #features
 def _features(cfg, height, width):
@@ -169,12 +171,13 @@ def modern_sizes(
     def moved(into, usual, names):
         told = {new: d[old] for old,new in names.items() if d.get(old, usual[new]) != usual[new]}
         if told: d[into] = {**told, **d.get(into, {})}
-    if "trunk" not in d: moved("trunk_options", dict(channels=256, kernel=9), dict(conv_channels="channels", kernel="kernel"))
-    moved("routing_options", dict(n_iters=3, stop_grad=False), dict(n_iters="n_iters", stop_grad="stop_grad"))
+    usual = dict(channels=256, kernel=9, n_iters=3, stop_grad=False)
+    if "trunk" not in d: moved("trunk_options", usual, dict(conv_channels="channels", kernel="kernel"))
+    moved("routing_options", usual, dict(n_iters="n_iters", stop_grad="stop_grad"))
     return {k: v for k,v in d.items() if k not in ("conv_channels", "n_iters", "stop_grad")}
 
 def caps_config(
-    **sizes, # Fields of `CapsConfig`; also `conv_channels`, `n_iters`, `stop_grad`, and one `kernel` for both convolutions
+    **sizes, # Fields of `CapsConfig`; or `conv_channels`, `n_iters`, `stop_grad`, one `kernel` for both convolutions
 ) -> CapsConfig:
     "The config of the paper's network in few words."
     return CapsConfig.from_dict(sizes)
