@@ -102,8 +102,8 @@ class Checkpoints(Callback):
     def before_fit(self, t):
         self.at = time.monotonic()
         try:                                         # a kill may have left the copies behind the checkpoint
-            write_atomic(t.path/CONFIG, to_json(t.config))
-            write_atomic(t.path/HISTORY, to_json(t.history))
+            write_atomic(t.path/CONFIG, to_json(t.config), t.held)
+            write_atomic(t.path/HISTORY, to_json(t.history), t.held)
         except OSError as e: raise CheckpointFailed(f"{t.path}: cannot write the run folder: {e.strerror or e}") from e
         if t.resumed is None: self.save(t)
 
@@ -125,7 +125,7 @@ class Checkpoints(Callback):
         sums = torch.zeros(0, dtype=torch.float64) if t.sums.total is None else t.sums.total
         if (k := first_nonfinite({**weights, **tensors, "the loss": sums})):
             raise TrainingDiverged(f"{k} became NaN or infinite by epoch {t.epoch}, step {t.step}; {t.last_good()}")
-        try: write_checkpoint(t.path, Checkpoint(weights, tensors, sums, t.state(optimizer)), best)
+        try: write_checkpoint(t.path, Checkpoint(weights, tensors, sums, t.state(optimizer)), best, t.held)
         except OSError as e:
             raise CheckpointFailed(f"{t.path}: cannot write a checkpoint: {e.strerror or e}; {t.last_good()}") from e
         t.saved,self.at = (t.epoch, t.step),time.monotonic()
@@ -163,7 +163,7 @@ class CSVLog(Callback):
         table = csv.DictWriter(out, names, lineterminator="\n")
         table.writeheader()
         table.writerows(t.history)
-        if t.history: write_atomic(t.path/"history.csv", out.getvalue().encode())
+        if t.history: write_atomic(t.path/"history.csv", out.getvalue().encode(), t.held)
 
 class TensorBoardLog(Callback):
     "Every number of each epoch for TensorBoard, in the run folder; needs the package `tensorboard`."

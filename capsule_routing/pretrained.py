@@ -14,48 +14,42 @@ from typing import NamedTuple
 
 import torch
 from safetensors.torch import load as load_safetensors, save as dump_safetensors
-from torch import Tensor
+from torch import Tensor, nn
 
-from .capsnet import CapsConfig, CapsNet
+from .baselines import build_net, config_from_dict
+from .checks import one_of
 from .data import ImageSet
-from .runs import Run, _json, write_atomic
-from .training import evaluate
+from .runs import Run, to_json, write_atomic
+from .tasks import evaluate, predict
 
 # %% ../nbs/10b_pretrained.ipynb #package-bytes
 PRETRAINED = ("mnist",)   # Names of the networks in the package
 
 def _bytes(name:str, ending:str) -> bytes:
     "The bytes of one of the package's files."
-    return (files("capsule_routing")/"weights"/f"{name}{ending}").read_bytes()
+    return (files("capsule_routing")/"weights"/f"{one_of('name', name, PRETRAINED)}{ending}").read_bytes()
 
-def pretrained_record(
-    name:str="mnist", # One of `PRETRAINED`
-) -> dict:            # Command, seed, device, versions, history, accuracy, checksums
-    "What is known about a network in the package: the results file of its run."
-    if name not in PRETRAINED: raise ValueError(f"no weights called {name!r} in the package; there are {', '.join(PRETRAINED)}")
+def pretrained_record(name:str="mnist") -> dict:
+    "What is known about a network in the package: command, seed, device, versions, history, checksums."
     return json.loads(_bytes(name, ".json"))
 
 # %% ../nbs/10b_pretrained.ipynb #checked
 def _tensors(name:str, ending:str) -> dict:
     "The tensors of a file, after its checksum was found right."
-    raw, want = _bytes(name, ending), pretrained_record(name)["sha256"][name + ending]
-    if hashlib.sha256(raw).hexdigest() != want: raise ValueError(f"{name}{ending}: damaged (its SHA-256 is not the one in {name}.json); install the package again")
-    return load_safetensors(raw)
+    raw = _bytes(name, ending)
+    if hashlib.sha256(raw).hexdigest() == pretrained_record(name)["sha256"][name + ending]: return load_safetensors(raw)
+    raise ValueError(f"{name}{ending}: damaged (its SHA-256 is not the one in {name}.json); install the package again")
 
 # %% ../nbs/10b_pretrained.ipynb #pretrained-net
-def pretrained_net(
-    name:str="mnist", # One of `PRETRAINED`
-) -> CapsNet:         # On the CPU, fp32, in evaluation mode
-    "A trained network; the same as `CapsNet.from_pretrained(name)`."
-    net = CapsNet(CapsConfig.from_dict(pretrained_record(name)["network"]))
+def pretrained_net(name:str="mnist") -> nn.Module:
+    "A trained network, on the CPU, fp32, in evaluation mode; the same as `CapsNet.from_pretrained(name)`."
+    net = build_net(config_from_dict(pretrained_record(name)["network"]))
     net.load_state_dict({k: t.float() for k, t in _tensors(name, ".safetensors").items()})
     return net.eval()
 
 # %% ../nbs/10b_pretrained.ipynb #pretrained-run
-def pretrained_run(
-    name:str="mnist", # One of `PRETRAINED`
-) -> Run:             # Network, sizes, what made it, history; its folder is the current one
-    "A network in the package as `load_run` would give it."
+def pretrained_run(name:str="mnist") -> Run:
+    "A network in the package as `load_run` would give it; its folder is the current one."
     rec, net = pretrained_record(name), pretrained_net(name)
     config = dict(training=rec["training"], data=dict(name=rec["dataset"], classes=rec["classes"]), settings=None)
     return Run(Path("."), net, net.cfg, config, rec["runs"][0]["history"])
@@ -67,24 +61,19 @@ class PoseSet(NamedTuple):
     y:Tensor      # True class, `(n,)`, int64, ascending
     index:Tensor  # Number of the image in its test set, `(n,)`, int64
 
-def pretrained_poses(
-    name:str="mnist", # One of `PRETRAINED`
-) -> PoseSet:         # Forty images of each class
-    "The poses that come with a network."
+def pretrained_poses(name:str="mnist") -> PoseSet:
+    "The poses that come with a network, of forty images of each class."
     t = _tensors(name, "-poses.safetensors")
     return PoseSet(t["poses"].float(), t["y"].long(), t["index"].long())
 
 # %% ../nbs/10b_pretrained.ipynb #first-of-each
-def first_of_each(
-    y:Tensor,  # Classes, `(n,)`
-    k:int,     # How many of each
-) -> Tensor:   # Their indices, sorted by class, then by place
-    "The first `k` images of every class."
+def first_of_each(y:Tensor, k:int) -> Tensor:
+    "Indices of the first `k` images of every class, sorted by class, then by place."
     return torch.cat([(y == c).nonzero().flatten()[:k] for c in y.unique()])
 
 # %% ../nbs/10b_pretrained.ipynb #write-pretrained
 def write_pretrained(
-    run:Run,         # A finished run, from `load_run`
+    run:Run,         # A finished run, from `load_run`; its weights are rounded
     test:ImageSet,   # Its whole test set
     record:dict,     # The results file of the run
     folder,          # Where the files go
@@ -93,13 +82,12 @@ def write_pretrained(
 ) -> dict:           # The record, with checksums and the errors of the rounded weights
     "Write `name.safetensors`, `name-poses.safetensors` and `name.json`."
     half = {k: t.half().contiguous() for k, t in run.net.state_dict().items()}
-    net = CapsNet(run.cfg).eval()
-    net.load_state_dict({k: t.float() for k, t in half.items()})
+    run.net.load_state_dict(half)
     at = first_of_each(test.y, per_class)
-    with torch.inference_mode(): poses = torch.cat([net(x.float()/255).poses for x in test.x[at].split(100)])
-    out = {f"{name}.safetensors": dump_safetensors(half),
-           f"{name}-poses.safetensors": dump_safetensors(dict(poses=poses.half().contiguous(), y=test.y[at].to(torch.uint8), index=at.to(torch.int32)))}
-    record = {**record, "classes": list(test.classes), "network": json.loads(json.dumps(run.cfg.to_dict())), "n_errors_fp16": evaluate(net, test).n_errors,
-              "sha256": {k: hashlib.sha256(b).hexdigest() for k, b in out.items()}}
-    for k, b in {**out, f"{name}.json": _json(record)}.items(): write_atomic(f"{folder}/{k}", b)
+    poses = dict(poses=predict(run.net, test.x[at]).poses.half(), y=test.y[at].byte(), index=at.int())
+    out = {f"{name}.safetensors": dump_safetensors(half), f"{name}-poses.safetensors": dump_safetensors(poses)}
+    sums = {k: hashlib.sha256(b).hexdigest() for k, b in out.items()}
+    record = {**record, "classes": list(test.classes), "network": run.cfg.to_dict(), "sha256": sums,
+              "n_errors_fp16": evaluate(run.net, test).n_errors}
+    for k, b in {**out, f"{name}.json": to_json(record)}.items(): write_atomic(Path(folder)/k, b)
     return record

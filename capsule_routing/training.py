@@ -378,7 +378,7 @@ def fit(
     t = Trainer(net, data, cfg, path, device, reporter, extra, task, optimizer, callbacks)
     with ExitStack() as t.stack, t.peers():
         def take():
-            if t.path is not None and t.rank == 0: t.stack.enter_context(lock_run(make_folder(t.path)))
+            if t.path is not None and t.rank == 0: t.held = t.stack.enter_context(lock_run(make_folder(t.path)))
         t.everyone(take)
         ck = t.everyone(lambda: t.open_run(resume))
         if t.world > 1: t.everyone(t.check_alike)
