@@ -119,7 +119,7 @@ def _read_result(file):
     try:
         if bad: raise ValueError(f"{bad!r} is missing or of a wrong type")
         TrainConfig(**r["training"]), _counted(r), _how(r), statistics.fmean(r["metrics"].values())
-    except Exception as e:               # whatever a stranger's file trips over
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
         raise ValueError(f"{file}: not the results file of a run, {' '.join(str(e).split())}") from None
     return r
 
@@ -168,6 +168,20 @@ def _trained(table, row, cfg, path, file, data, device, reporter, command):
     write_atomic(file, to_json(result := run_result(path, table.name, row, command, more)))
     return result
 
+# %% ../nbs/13_results.ipynb #how
+def _how(r):
+    "Data and length of a run, in words."
+    t,goal = r["training"],r["training"].get("stop_at")
+    recipe = "fast" if t["schedule"] == "one_cycle" and t.get("average") else t["schedule"]
+    there,share = goal and r["history"][-1]["test_accuracy"] >= goal,f"{100*(goal or 0):g}%"
+    end = "" if not goal else f", stopped at {share}" if there else f", {share} not reached"
+    return f"{several(r['epoch'], 'epoch')}, {recipe}, {r['data']['name']} {r['data']['n_train']:,}{end}"
+
+def _last_columns(g):
+    "Number, training, mean time and device of runs of one kind."
+    s = statistics.fmean(r["seconds"] for r in g)
+    return [str(len(g)), _how(g[0]), f"{s/60:.1f} min" if s >= 60 else f"{s:.1f} s", g[0]["device"]]
+
 # %% ../nbs/13_results.ipynb #read-results
 def read_results(table:str, folder=None) -> list:
     "All results of a table by its name, one dict a run; those of the package, or in a command's `--out`."
@@ -187,20 +201,6 @@ def mean_deviation(values:list, digits:int=2) -> str:
     "`mean±deviation` of the sample, as the paper prints them; or the one figure."
     m = f"{statistics.fmean(values):.{digits}f}"
     return m if len(values) < 2 else f"{m}±{statistics.stdev(values):.{digits+1}f}"
-
-# %% ../nbs/13_results.ipynb #how
-def _how(r):
-    "Data and length of a run, in words."
-    t,goal = r["training"],r["training"].get("stop_at")
-    recipe = "fast" if t["schedule"] == "one_cycle" and t.get("average") else t["schedule"]
-    there,share = goal and r["history"][-1]["test_accuracy"] >= goal,f"{100*(goal or 0):g}%"
-    end = "" if not goal else f", stopped at {share}" if there else f", {share} not reached"
-    return f"{several(r['epoch'], 'epoch')}, {recipe}, {r['data']['name']} {r['data']['n_train']:,}{end}"
-
-def _last_columns(g):
-    "Number, training, mean time and device of runs of one kind."
-    s = statistics.fmean(r["seconds"] for r in g)
-    return [str(len(g)), _how(g[0]), f"{s/60:.1f} min" if s >= 60 else f"{s:.1f} s", g[0]["device"]]
 
 # %% ../nbs/13_results.ipynb #table-rows
 def table_rows(table:Table, results:list) -> list:

@@ -33,7 +33,7 @@ from .losses import capsule_loss
 from .decoder import mask_capsules
 from .capsnet import CapsConfig, CapsNet, CapsOut
 from .data import ImageData, ImageSet
-from .machine import device_name, in_precision, peak_memory, pick_precision
+from .machine import device_name, in_precision, pick_precision
 from .training import TrainConfig, evaluate, fit, new_net
 
 # %% ../nbs/16_speed.ipynb #broadcast-caps
@@ -212,20 +212,20 @@ ALONE = {  # a way, freed memory kept?, precision
     'ours': ('memory kept', True, 'fp32'), 'ours, bf16': ('memory kept', True, 'bf16')}
 
 def stand_alone(way, keep, precision, cfg, batch_size, device, threads):
-    "What such a process does: a step for each line that comes in; it answers with its peak memory."
+    "What such a process does: a step for each line that comes in; it answers with the peak of its tensors."
     torch.set_num_threads(threads)
     if keep: keep_freed_memory()
     step = staged_step(way, CapsConfig.from_dict(cfg), batch_size, device, precision, False)
+    peak = peak_bytes(step)
     for _ in sys.stdin:
-        step()
-        if device != 'cpu': torch.cuda.synchronize()
-        print(peak_memory(device), flush=True)
+        step().item()                                  # waits for a GPU
+        print(peak, flush=True)
 
 # %% ../nbs/16_speed.ipynb #bench-script
 CODE = "import json; from capsule_routing.speed import stand_alone; stand_alone(*json.loads({!r}))"
 
 class Alone(subprocess.Popen):
-    "Such a process; called, it makes a step and gives its peak memory."
+    "Such a process; called, it makes a step and gives the peak of its tensors."
     def __init__(self, *what):
         env = {k: v for k,v in os.environ.items() if not k.startswith('MALLOC_')}
         env['PYTHONPATH'] = os.pathsep.join(p or os.getcwd() for p in sys.path)
