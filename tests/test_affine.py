@@ -6,16 +6,18 @@ import pytest
 import torch
 
 from capsule_routing.affine import (AFFINE_BASELINE, AFFINE_CAPSNET, MARGIN, RANGES, affine_factors, affine_images, affine_matrix, affine_set,
-                                    padded_set, placed_data, placed_set, room, table, warp)
+                                    padded_set, placed_data, placed_set, room, warp)
 from capsule_routing.baselines import BaselineConfig, BaselineNet
-from capsule_routing.capsnet import CapsConfig, CapsNet, count_params
+from capsule_routing.capsnet import CapsNet, caps_config, count_params
 from capsule_routing.data import ImageData, ImageSet, batches
 from capsule_routing.glyphs import make_glyphs
 from capsule_routing.results import get_table, read_results, run_row, table_lines
-from capsule_routing.training import TrainConfig, evaluate, fit, new_net
+from capsule_routing.settings import TrainConfig
+from capsule_routing.tasks import evaluate
+from capsule_routing.training import fit, new_net
 from conftest import TINY_CONFIG
 
-TINY = CapsConfig(height=40, width=40, **TINY_CONFIG)
+TINY = caps_config(height=40, width=40, **TINY_CONFIG)
 BAR = torch.zeros(1, 1, 28, 28, dtype=torch.uint8)
 BAR[:, :, 5:23, 11:17] = 200                          # upright, 6 wide and 18 high
 
@@ -183,7 +185,7 @@ def test_its_data_are_padded_for_training_and_placed_for_testing():
 
 def test_a_small_table_is_run_and_read(glyphs, tmp_path):
     data = ImageData("placed", padded_set(glyphs.take(200)), placed_set(glyphs.take(120)))
-    t = table()
+    t = get_table("affnist")
     small = (BaselineConfig(height=40, width=40, convs=((4, 5), (4, 5)), pool=True, units=(16,)), TINY)
     t = t._replace(rows=tuple(r._replace(network=n) for r, n in zip(t.rows, small)))
     for row in t.rows:
