@@ -45,7 +45,7 @@ def covariance(x):
 def test_training_gives_every_place_and_cuts_nothing(glyphs):
     big, seen = padded_set(glyphs), set()
     for epoch in range(12):
-        for x, _, idx in batches(big, 100, seed=1, epoch=epoch, shift=MARGIN):
+        for x, _, idx, _ in batches(big, 100, seed=1, epoch=epoch, shift=MARGIN):
             assert torch.allclose(x.double().sum((1, 2, 3))*255, brightness(glyphs.x[idx]), atol=0.02)
             for image, i in zip((x*255).round().to(torch.uint8), idx.tolist()):
                 (r, c), (r0, c0) = first_ink(image), first_ink(glyphs.x[i])
@@ -151,7 +151,7 @@ def test_empty_and_full_images_are_no_trouble():
 
 @pytest.mark.parametrize("make, said", [
     (lambda: affine_images(torch.zeros(2, 1, 28, 28)), "x=float32 (2, 1, 28, 28): must be a uint8 tensor"),
-    (lambda: affine_images(BAR, factors=torch.zeros(1, 4)), "factors=float32 (1, 4): must be (1, 6)"),
+    (lambda: affine_images(BAR, factors=torch.zeros(1, 4)), "factors=float32 (1, 4): must have shape (1, 6)"),
     (lambda: affine_images(BAR, size=0), "size=0: must be at least 1"),
     (lambda: affine_factors(-1), "n=-1: must be at least 0"),
     (lambda: affine_factors(5, -1), "seed=-1: must be at least 0"),
