@@ -7,11 +7,10 @@ __all__ = ['SIGNALS', 'Callback', 'Interrupted', 'TrainingDiverged', 'Checkpoint
            'Watch', 'Checkpoints', 'Step', 'Progress', 'CSVLog', 'TensorBoardLog', 'StopAt', 'EarlyStopping']
 
 # %% ../nbs/09b_callbacks.ipynb #imports
-import csv, io, math, signal, threading, time
+import copy, csv, io, math, signal, threading, time
 from importlib.util import find_spec
 from typing import NamedTuple, Optional
 import torch
-from torch.optim.swa_utils import AveragedModel
 from .checks import BadValue, one_of, whole
 from .runs import (CONFIG, HISTORY, LAST, RAW, Checkpoint, first_nonfinite, pack_optimizer, to_json,
                                   write_atomic, write_checkpoint)
@@ -66,15 +65,16 @@ class Average(Callback):
     ): self.decay = decay
 
     def before_fit(self, t):
-        def mix(mean, w, _):
-            k = t.global_step - 1                                # steps before this one
-            return mean.lerp(w, 1 - min(self.decay, (1 + k)/(10 + k)))
-        self.model = AveragedModel(t.net, avg_fn=mix)
-        self.model.n_averaged.fill_(1)                           # the first average is mixed too, not a copy
-        t.shown = self.model.module
+        t.shown = copy.deepcopy(t.net)
         if t.resumed is not None: t.shown.load_state_dict(t.resumed.weights)
 
-    def after_step(self, t): self.model.update_parameters(t.net)
+    def after_step(self, t):
+        k = t.global_step - 1                                    # steps before this one
+        d = min(self.decay, (1 + k)/(10 + k))
+        with torch.no_grad():
+            for mean,w in zip(t.shown.parameters(), t.net.parameters()): mean.lerp_(w, 1 - d)
+            for mean,b in zip(t.shown.buffers(), t.net.buffers()): mean.copy_(b)
+
     def after_fit(self, t): t.net.load_state_dict(t.shown.state_dict())
 
 # %% ../nbs/09b_callbacks.ipynb #watch

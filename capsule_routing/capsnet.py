@@ -110,7 +110,7 @@ class CapsConfig(Sizes):
     @property
     def least(self) -> int:
         "The smallest side of a square image that leaves one primary location."
-        return next(n for n in range(1, 10_000) if min(_grid(self, *_features(self, n, n)[1:])) > 0)
+        return next((n for n in range(1, 513) if min(_grid(self, *_features(self, n, n)[1:])) > 0), 513)
 
     @property
     def n_primary(self) -> int:

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'CONFIG', 'HISTORY', 'LAST', 'BEST', 'LOCK', 'MAX_JSON', 'MAX_EPOCHS', 'MAX_DEPTH', 'MAX_OBJECTS',
-           'MAX_PARAMS', 'OPTIM', 'CALLBACKS', 'RAW', 'SUMS', 'write_atomic', 'digest', 'write_tensors', 'to_json',
-           'read_json', 'network_spec', 'first_nonfinite', 'read_tensors', 'check_rebuilds', 'RunLocked', 'lock_run',
-           'full_config', 'make_folder', 'save_run', 'Run', 'load_run', 'pack_optimizer', 'unpack_optimizer',
-           'Checkpoint', 'write_checkpoint', 'read_checkpoint']
+           'MAX_PARAMS', 'MAX_STATE', 'OPTIM', 'CALLBACKS', 'RAW', 'SUMS', 'write_atomic', 'digest', 'write_tensors',
+           'to_json', 'read_json', 'network_spec', 'first_nonfinite', 'read_tensors', 'check_rebuilds', 'RunLocked',
+           'lock_run', 'full_config', 'make_folder', 'save_run', 'Run', 'load_run', 'pack_optimizer',
+           'unpack_optimizer', 'Checkpoint', 'write_checkpoint', 'read_checkpoint']
 
 # %% ../nbs/09_runs.ipynb #imports
 import hashlib, json, math, os, secrets
@@ -32,20 +32,22 @@ LOCK = ".lock"
 MAX_JSON, MAX_EPOCHS = 2**24, 30_000   # Bytes of JSON in a file; rows of history for which that is room
 MAX_DEPTH, MAX_OBJECTS = 16, 2**17     # Lists and objects in it: within each other, and in all
 MAX_PARAMS = 2**31                     # Weights in the largest network that is built from a file
+MAX_STATE = 64                         # Bytes in a file, its text apart, for each byte of weights
 OPTIM, CALLBACKS = "optim.", "callbacks."        # Prefixes of what the optimizer and callbacks remember
 RAW = "optim.raw."                     # Weights that the optimizer moves, where the network's are an average
 SUMS = "running.sums"                  # Sums of this epoch's losses, float64; the last one counts images
 
 # %% ../nbs/09_runs.ipynb #write-atomic
 def write_atomic(path, data:bytes, before=lambda: None) -> Path:
-    "Replace a file in one step, after a call of `before`: it holds the old bytes or the new ones, whatever happens."
+    "Replace a file in one step: it holds the old bytes or the new ones, whatever happens. `before` may forbid it."
+    before()
     path = Path(path)
     tmp = path.with_name(f".{path.name}.tmp")         # one fixed name: a killed run leaves at most one
     tmp.unlink(missing_ok=True)
     try:
         with open(tmp, "xb") as f:
             f.write(data); f.flush(); os.fsync(f.fileno())
-        before()
+        before()                                      # it took a while
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)              # gives the space back to a full disk
     if os.name != "nt":                               # make the disk store the folder's entries, where it can
@@ -169,7 +171,8 @@ def read_tensors(path) -> tuple:
         except (TypeError, KeyError, AttributeError): raise _problem(path, "not written by capsule_routing") from None
         meta = _parse(text, path, dict, "the text of its header")
         cfg, size = _network(meta.get("config"), path)
-        if os.fstat(f.fileno()).st_size > 2**20 + len(head) + 16*size: raise _problem(path, "too large for its network")
+        if os.fstat(f.fileno()).st_size > 2**20 + len(head) + MAX_STATE*size:
+            raise _problem(path, "too large for its network")
         try: tensors = load_safetensors(head + f.read())
         except (SafetensorError, ValueError) as e: raise _problem(path, f"damaged ({e})") from None
     if digest(tensors, info["meta"]) != sha: raise _problem(path, "damaged (sha256 differs)")
@@ -313,9 +316,9 @@ def unpack_optimizer(net:nn.Module, opt:torch.optim.Optimizer, tensors:dict, met
             opt.state[moved[name]][key] = like.copy_(t) if t.ndim and t.shape == like.shape else t
             if meta is None: opt.state[moved[name]]["step"] = torch.tensor(float(step))
         for name, key, v in was["state"]: opt.state[moved[name]][key] = v
-        for p, s in opt.state.items():                            # a count stays on the CPU unless the pass is fused
-            for k, t in s.items():
-                if isinstance(t, Tensor) and (t.ndim or opt.defaults.get("fused")): s[k] = t.to(p.device)
+        there = opt.defaults.get("fused") or opt.defaults.get("capturable")        # else counts stay on the CPU
+        for p, s in opt.state.items():
+            s.update({k: t.to(p.device) for k, t in s.items() if isinstance(t, Tensor) and (t.ndim or there)})
     except (LookupError, ValueError, TypeError) as e: raise _problem(LAST, f"its optimizer does not fit: {e}") from None
 
 # %% ../nbs/09_runs.ipynb #checkpoint
@@ -330,6 +333,8 @@ def write_checkpoint(path:Path, ck:Checkpoint, best:bool=False, held=lambda: Non
     "Write `best` too if it is that, then `last`, then the copy of the history; `held` is what `lock_run` yields."
     m = ck.meta
     if best: write_tensors(path/BEST, ck.weights, dict(file=BEST, config=m["config"], history=m["history"]), held)
+    if sum(t.nbytes for t in ck.moments.values()) > (MAX_STATE - 2)*sum(t.nbytes for t in ck.weights.values()) + 2**19:
+        raise _problem(path/LAST, f"not written: more than {MAX_STATE - 2} times its weights are not read back")
     write_tensors(path/LAST, {**ck.weights, **ck.moments, SUMS: ck.sums}, dict(m, file=LAST), held)
     if m["step"] == 0: write_atomic(path/HISTORY, to_json(m["history"]), held)     # one row more, or none yet
 
@@ -341,7 +346,8 @@ def read_checkpoint(path) -> Checkpoint:
         sums, rows = tensors[SUMS], [r["epoch"] for r in m["history"]]
         _ = m["seconds"], m["sessions"], [r["test_errors"] for r in m["history"]]
         step, size, n = m["step"], m["config"]["training"]["batch_size"], m["config"]["data"]["n_train"]
-        got = dict(epoch=m["epoch"], step=step, global_step=m["global_step"], history=rows, images=sums[-1].item() if len(sums) else 0)
+        images = sums[-1].item() if len(sums) else 0
+        got = dict(epoch=m["epoch"], step=step, global_step=m["global_step"], history=rows, images=images)
     except KeyError as e: raise _problem(path/LAST, f"holds no training state to go on from ({e} is missing)") from None
     steps = -(-n//size)
     want = dict(epoch=len(rows) + 1, step=min(step, steps), global_step=len(rows)*steps + step,

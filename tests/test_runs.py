@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from capsule_routing import registry, runs
 from capsule_routing.capsnet import CapsNet, caps_config
+from capsule_routing.settings import TrainConfig
 from capsule_routing.runs import (BEST, CONFIG, HISTORY, LAST, LOCK, SUMS, Checkpoint, RunLocked, check_rebuilds, digest, load_run, lock_run, pack_optimizer,
                                   read_checkpoint, read_json, save_run, unpack_optimizer, write_atomic, write_checkpoint, write_tensors)
 
@@ -98,6 +99,8 @@ def test_a_header_too_long_to_be_read_is_not_written(run):
 
 def test_a_history_of_as_many_epochs_as_are_allowed_fits(run):
     "Written, and read back within a second and a half; 20,000 epochs in less than one"
+    assert TrainConfig(epochs=runs.MAX_EPOCHS) and runs.MAX_EPOCHS >= 20_000
+    with pytest.raises(ValueError, match="epochs=30001: must be at most 30000"): TrainConfig(epochs=runs.MAX_EPOCHS + 1)
     path, net = run
     row = json.loads((ROOT/"capsule_routing"/"weights"/"mnist.json").read_text())["runs"][0]["history"][-1]
     for n, limit in ((20_000, 1.), (runs.MAX_EPOCHS, 1.5)):
@@ -391,6 +394,7 @@ print(json.dumps(dict(refused=refused, loaded=loaded)))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs RLIMIT_AS and /proc")
 def test_six_hundred_mutations(tmp_path):
     "Refused, or the very same weights; no crash, no hang, no large allocation"
@@ -454,7 +458,7 @@ def subclass(net): net.__class__ = type("CapsNet", (CapsNet,), {})
     (lambda net: setattr(net.digit, "n_iters", 5), "digit is"), (lambda net: setattr(net.digit, "stop_grad", True), "digit is"), (mine, "test_runs.Mine"),
     (lambda net: setattr(net.digit, "more", nn.Parameter(torch.zeros(3))), "digit.more is"), (lambda net: net.half(), "torch.float16"), (subclass, "the network is"),
     (lambda net: setattr(net, "trunk", nn.Sequential(net.trunk)), "trunk is"), (lambda net: net.register_buffer("x", torch.zeros(1)), "x is"),
-    (lambda net: setattr(net.decoder, "layers", nn.Identity()), "decoder"), (lambda net: setattr(net, "cfg", None), "makes no network")], ids=str)
+    (lambda net: setattr(net.decoder, "layers", nn.Identity()), "decoder"), (lambda net: setattr(net, "cfg", None), "makes no network")])
 def test_what_the_config_would_not_rebuild_is_refused(tmp_path, change, word):
     "In one line that names the first difference; nothing is written"
     net = CapsNet(TINY)
@@ -552,6 +556,15 @@ def test_an_optimizer_that_cannot_be_kept(tmp_path):
     opt = Counting(net.parameters())
     opt.state[net.digit.W]["odd"] = object()
     with pytest.raises(ValueError, match="optimizer='Counting': cannot be kept in a run folder"): pack_optimizer(net, opt)
+
+
+def test_more_than_is_read_back_is_not_written(tmp_path):
+    "An optimizer that remembers a hundred times the weights: refused when it is written, not when it is read"
+    net, opt = make("own", False)
+    steps(net, opt, 0, 1)
+    for p in net.parameters(): opt.state[p]["much"] = torch.zeros(100, p.numel())
+    with pytest.raises(ValueError, match="last.safetensors: not written: more than 62 times its weights"): state(net, opt, tmp_path/"run")
+    load_run(tmp_path/"run")
 
 
 def test_another_optimizer_or_other_weights_do_not_go_on():

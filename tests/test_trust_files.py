@@ -169,6 +169,7 @@ for path in odd:
     except ValueError as e: print(e)
 """
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs RLIMIT_AS and /proc")
 def test_json_about_as_large_as_allowed(halfway, tmp_path):
     "Millions of numbers just under the limit cost little; longer text, or more empty objects than allowed, are not parsed"
@@ -221,6 +222,7 @@ def test_mutated_checkpoints(halfway, tmp_path):
     assert refused >= 60 and same >= 20, (refused, same)
 
 
+@pytest.mark.slow
 def test_command_that_diverges(run_cmd, image_folder, tmp_path):
     "A rate beyond all measure: exit 2 and one line with epoch, step and where the last good checkpoint is"
     p = run_cmd("capsule_train", *"--dataset folder --epochs 3 --batch-size 4 --size 28 --channels 1 --no-cuda --lr 1e30 --log-interval 1 --conv-channels 8 --primary-types 2 --out run".split(),
