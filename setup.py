@@ -32,6 +32,7 @@ setup(
         f"Natural Language :: {cfg['language']}",
         *(f'Programming Language :: Python :: 3.{m}' for m in range(minor, 14)),
         'Topic :: Scientific/Engineering :: Artificial Intelligence',
+        'Typing :: Typed',
     ],
     python_requires=f">={cfg['min_python']}",
     packages=[lib],
@@ -40,7 +41,7 @@ setup(
     exclude_package_data={lib: ['__pycache__/*', '**/__pycache__/*', '*.py[co]', '.*']},
     include_package_data=False,
     install_requires=cfg['requirements'].split(),
-    extras_require={'dev': cfg['dev_requirements'].split()},
+    extras_require={k: cfg[f'{k}_requirements'].split() for k in ('dev','hub','board')},
     entry_points={
         'console_scripts': cfg['console_scripts'].split(),
         'nbdev': [f'{lib}={lib}._modidx:d'], # lets other nbdev projects link to these names

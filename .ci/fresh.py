@@ -14,6 +14,11 @@ def copy(dst):
         new.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(src, new, follow_symlinks=False)
 
+def no_modules(dst):
+    "Take the modules away: one that no notebook writes any more would survive an export"
+    for p in (dst/'capsule_routing').glob('*.py'):
+        if p.name!='__init__.py': p.unlink()
+
 def nbdev(name, cwd): subprocess.run([sys.executable, '-c', f'from nbdev.cli import {name}; {name}.__wrapped__()'], cwd=cwd, check=True)
 
 def differences(dst, folder, suffix):
@@ -27,9 +32,7 @@ def main():
     with tempfile.TemporaryDirectory(prefix='capsule-fresh-') as tmp:
         dst = Path(tmp)/top.name.lstrip('.')
         copy(dst)
-        # A module that no notebook writes any more would survive an export: start from none.
-        for p in (dst/'capsule_routing').glob('*.py'):
-            if p.name!='__init__.py': p.unlink()
+        no_modules(dst)
         nbdev('nbdev_clean', dst)
         nbdev('nbdev_export', dst)
         bad = [f'{o}: run nbdev_clean' for o in differences(dst, 'nbs', '.ipynb')]

@@ -2,7 +2,7 @@
 
     python .ci/versions.py [oldest] [newest] [--keep] [--save] [-- arguments of pytest]
 
-For each: the suite (with what developing needs), and the package alone as a user installs it, which brings fastcore 1 to the oldest and fastcore 2 to the newest.
+For each: the whole suite, every tier (with what developing needs), and the package alone as a user installs it, which brings fastcore 1 to the oldest and fastcore 2 to the newest.
 `--save` writes what came out to `capsule_routing/results/versions.json`, which the page on trust shows.
 """
 import configparser,datetime,json,os,re,shutil,subprocess,sys,tempfile
@@ -69,7 +69,7 @@ def env(python):
 
 def suite(python, args):
     "Run pytest, its output shown as it comes; its last line, and whether all passed"
-    p = subprocess.Popen([str(o) for o in (python, '-m', 'pytest', '-p', 'no:cacheprovider', *args)], cwd=top, env=env(python)|dict(PYTHONUNBUFFERED='1'),
+    p = subprocess.Popen([str(o) for o in (python, '-m', 'pytest', '-p', 'no:cacheprovider', '-n', '0', *(args or ['-m', '']))], cwd=top, env=env(python)|dict(PYTHONUNBUFFERED='1'),
                          text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     last = ''
     for line in p.stdout:

@@ -41,7 +41,8 @@ class BaselineConfig(Sizes):
         if not isinstance(self.units, (tuple, list)): raise BadValue("units", self.units, "must be a tuple")
         object.__setattr__(self, "units", tuple(whole("units", n) for n in self.units))
         number("dropout", self.dropout, hi=1, below=True); flag("pool", self.pool); flag("multi", self.multi)
-        if min(self.grid) < 1: raise BadValue("image_shape", self.image_shape, f"is too small to be halved {len(pairs)} times")
+        if min(self.grid) > 0: return
+        raise BadValue("image_shape", self.image_shape, f"is too small to be halved {len(pairs)} times")
 
     @property
     def grid(self) -> tuple:
@@ -97,8 +98,9 @@ def baseline_loss(
     target:Tensor,   # Class indices `(b,)` for a softmax, one column a class `(b, n)` of 0 and 1 for sigmoids
 ) -> Tensor:         # Scalar, mean over images (for sigmoids summed over classes)
     "Cross-entropy."
-    if target.ndim == 1: return F.cross_entropy(out.logits, target)
-    return F.binary_cross_entropy_with_logits(out.logits, target.to(out.logits.dtype), reduction="sum")/max(len(target), 1)
+    x = out.logits
+    if target.ndim == 1: return F.cross_entropy(x, target)
+    return F.binary_cross_entropy_with_logits(x, target.to(x.dtype), reduction="sum")/max(len(target), 1)
 
 # %% ../nbs/06b_baselines.ipynb #two-digits
 MULTI_BASELINE = BaselineConfig(height=36, width=36, convs=((512,9),(256,5)), pool=True,

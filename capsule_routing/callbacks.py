@@ -7,11 +7,10 @@ __all__ = ['SIGNALS', 'Callback', 'Interrupted', 'TrainingDiverged', 'Checkpoint
            'Watch', 'Checkpoints', 'Step', 'Progress', 'CSVLog', 'TensorBoardLog', 'StopAt', 'EarlyStopping']
 
 # %% ../nbs/09b_callbacks.ipynb #imports
-import csv, io, math, signal, threading, time
+import copy, csv, io, math, signal, threading, time
 from importlib.util import find_spec
 from typing import NamedTuple, Optional
 import torch
-from torch.optim.swa_utils import AveragedModel
 from .checks import BadValue, one_of, whole
 from .runs import (CONFIG, HISTORY, LAST, RAW, Checkpoint, first_nonfinite, pack_optimizer, to_json,
                                   write_atomic, write_checkpoint)
@@ -19,12 +18,8 @@ from .runs import (CONFIG, HISTORY, LAST, RAW, Checkpoint, first_nonfinite, pack
 # %% ../nbs/09b_callbacks.ipynb #callback
 class Callback:
     "Does something at some of the moments of a training; define the methods that you need."
-    def state_dict(self) -> dict: # Plain values, for JSON
-        "What a run that goes on must know."
-        return {}
-
-    def load_state_dict(self, d:dict):
-        "Take up what `state_dict` gave."
+    def state_dict(self) -> dict: return {}       # Plain values, for JSON: what a run that goes on must know
+    def load_state_dict(self, d:dict): pass       # Take up what `state_dict` gave
 
 # %% ../nbs/09b_callbacks.ipynb #exceptions
 class Interrupted(KeyboardInterrupt):
@@ -70,15 +65,16 @@ class Average(Callback):
     ): self.decay = decay
 
     def before_fit(self, t):
-        def mix(mean, w, _):
-            k = t.global_step - 1                                # steps before this one
-            return mean.lerp(w, 1 - min(self.decay, (1 + k)/(10 + k)))
-        self.model = AveragedModel(t.net, avg_fn=mix)
-        self.model.n_averaged.fill_(1)                           # the first average is mixed too, not a copy
-        t.shown = self.model.module
+        t.shown = copy.deepcopy(t.net)
         if t.resumed is not None: t.shown.load_state_dict(t.resumed.weights)
 
-    def after_step(self, t): self.model.update_parameters(t.net)
+    def after_step(self, t):
+        k = t.global_step - 1                                    # steps before this one
+        d = min(self.decay, (1 + k)/(10 + k))
+        with torch.no_grad():
+            for mean,w in zip(t.shown.parameters(), t.net.parameters()): mean.lerp_(w, 1 - d)
+            for mean,b in zip(t.shown.buffers(), t.net.buffers()): mean.copy_(b)
+
     def after_fit(self, t): t.net.load_state_dict(t.shown.state_dict())
 
 # %% ../nbs/09b_callbacks.ipynb #watch
@@ -106,15 +102,16 @@ class Checkpoints(Callback):
     def before_fit(self, t):
         self.at = time.monotonic()
         try:                                         # a kill may have left the copies behind the checkpoint
-            write_atomic(t.path/CONFIG, to_json(t.config))
-            write_atomic(t.path/HISTORY, to_json(t.history))
+            write_atomic(t.path/CONFIG, to_json(t.config), t.held)
+            write_atomic(t.path/HISTORY, to_json(t.history), t.held)
         except OSError as e: raise CheckpointFailed(f"{t.path}: cannot write the run folder: {e.strerror or e}") from e
         if t.resumed is None: self.save(t)
 
     def after_step(self, t):
         c,left = t.cfg,t.step < t.steps
         steps = c.checkpoint_steps and t.global_step % c.checkpoint_steps == 0
-        if left and (steps or c.checkpoint_minutes and time.monotonic() - self.at >= 60*c.checkpoint_minutes): self.save(t)
+        minutes = c.checkpoint_minutes and time.monotonic() - self.at >= 60*c.checkpoint_minutes
+        if left and (steps or minutes): self.save(t)
 
     def after_epoch(self, t):
         *before,row = [r["test_errors"] for r in t.history]
@@ -128,7 +125,7 @@ class Checkpoints(Callback):
         sums = torch.zeros(0, dtype=torch.float64) if t.sums.total is None else t.sums.total
         if (k := first_nonfinite({**weights, **tensors, "the loss": sums})):
             raise TrainingDiverged(f"{k} became NaN or infinite by epoch {t.epoch}, step {t.step}; {t.last_good()}")
-        try: write_checkpoint(t.path, Checkpoint(weights, tensors, sums, t.state(optimizer)), best)
+        try: write_checkpoint(t.path, Checkpoint(weights, tensors, sums, t.state(optimizer)), best, t.held)
         except OSError as e:
             raise CheckpointFailed(f"{t.path}: cannot write a checkpoint: {e.strerror or e}; {t.last_good()}") from e
         t.saved,self.at = (t.epoch, t.step),time.monotonic()
@@ -148,7 +145,6 @@ class Step(NamedTuple):
     loss:Optional[float] # Mean over the images since the last look, or None at steps without one
     images_per_second:Optional[float] # This session's training speed, or None before it is known
 
-# %% ../nbs/09b_callbacks.ipynb #progress
 class Progress(Callback):
     "Tells a reporter where training is."
     def before_fit(self, t): t.tell("on_start", t.where())
@@ -161,37 +157,30 @@ class Progress(Callback):
 # %% ../nbs/09b_callbacks.ipynb #logs
 class CSVLog(Callback):
     "A row for each epoch in `history.csv`."
-    def rows(self, history):
-        out,names = io.StringIO(),list(dict.fromkeys(k for r in history for k in r))
+    def before_fit(self, t): self.after_epoch(t)
+    def after_epoch(self, t):
+        out,names = io.StringIO(),list(dict.fromkeys(k for r in t.history for k in r))
         table = csv.DictWriter(out, names, lineterminator="\n")
         table.writeheader()
-        table.writerows(history)
-        return out.getvalue().encode()
-
-    def before_fit(self, t): self.write(t)
-    def after_epoch(self, t): self.write(t)
-    def write(self, t):
-        if t.history: write_atomic(t.path/"history.csv", self.rows(t.history))
+        table.writerows(t.history)
+        if t.history: write_atomic(t.path/"history.csv", out.getvalue().encode(), t.held)
 
 class TensorBoardLog(Callback):
-    "Every number of each epoch for TensorBoard; needs the package `tensorboard`."
+    "Every number of each epoch for TensorBoard, in the run folder; needs the package `tensorboard`."
     def before_fit(self, t):
-        if find_spec("tensorboard") is None: raise BadValue("callbacks", "TensorBoardLog", "needs the package tensorboard")
+        if find_spec("tensorboard") is None: raise BadValue("callbacks", self, "needs the package tensorboard")
         from torch.utils.tensorboard import SummaryWriter
         self.to = SummaryWriter(str(t.path/"tensorboard"), purge_step=t.epoch)
         t.stack.callback(self.to.close)
 
     def after_epoch(self, t):
-        row = t.history[-1]
-        for k,v in row.items():
-            if isinstance(v, (int, float)): self.to.add_scalar(k.replace("_", "/", 1), v, row["epoch"])
+        for k,v in t.history[-1].items():
+            if isinstance(v, (int, float)): self.to.add_scalar(k.replace("_", "/", 1), v, t.history[-1]["epoch"])
 
 # %% ../nbs/09b_callbacks.ipynb #early
 class StopAt(Callback):
-    "Stop after the epoch whose test accuracy is at least this: for comparing networks at one accuracy."
-    def __init__(self,
-        accuracy:float, # A share
-    ): self.accuracy = accuracy
+    "Stop after the epoch whose test accuracy, a share, is at least this: for comparing networks at one accuracy."
+    def __init__(self, accuracy:float): self.accuracy = accuracy
     def before_fit(self, t): self.after_epoch(t)
     def after_epoch(self, t): t.done |= bool(t.history) and t.history[-1]["test_accuracy"] >= self.accuracy
 
@@ -202,13 +191,14 @@ class EarlyStopping(Callback):
         metric:str="train_loss",   # A number of the history; one of the test set would be chosen by it
         better:str="lower",        # Is `lower` better, or `higher`?
     ):
-        self.patience,self.metric,self.sign = whole("patience", patience),metric,1 if one_of("better", better, ("lower", "higher")) == "lower" else -1
+        self.patience,self.metric = whole("patience", patience),metric
+        self.sign = 1 if one_of("better", better, ("lower", "higher")) == "lower" else -1
 
-    def before_fit(self, t): t.done |= self.tired(t.history)
+    def before_fit(self, t): self.after_epoch(t)
     def after_epoch(self, t): t.done |= self.tired(t.history)
-
     def tired(self, history):
         "Is the best value older than `patience` epochs?"
-        if history and self.metric not in history[0]: raise BadValue("metric", self.metric, f"must be one of {', '.join(history[0])}")
+        if history and self.metric not in history[0]:
+            raise BadValue("metric", self.metric, f"must be one of {', '.join(history[0])}")
         values = [self.sign*r[self.metric] for r in history]
         return bool(values) and len(values) - 1 - values.index(min(values)) >= self.patience

@@ -8,38 +8,26 @@ __all__ = ['shown', 'BadValue', 'whole', 'number', 'one_of', 'flag', 'floats', '
 # %% ../nbs/00_checks.ipynb #imports
 import operator, reprlib
 from difflib import get_close_matches
-from math import isfinite
+from typing import Optional
 import torch
 from torch import Tensor
 
-# %% ../nbs/00_checks.ipynb #shown
-def shown(
-    v, # Any value
-) -> str: # At most 80 characters, no line break
-    "A value in few words: a tensor by its type and shape, all else as Python writes it."
-    if isinstance(v, Tensor): return f"{str(v.dtype).removeprefix('torch.')} {tuple(v.shape)}"
-    return " ".join(reprlib.repr(v).split())[:80]
-
 # %% ../nbs/00_checks.ipynb #bad-value
+def shown(v) -> str:
+    "A value in one short line: a tensor by its type and shape, text whole, all else as Python writes it, cut short."
+    if isinstance(v, Tensor): return f"{str(v.dtype).removeprefix('torch.')} {tuple(v.shape)}"
+    return " ".join((repr(v)[:300] if isinstance(v, str) else reprlib.repr(v)[:80]).split())
+
 class BadValue(ValueError, TypeError):
-    "An argument that cannot be used."
-    def __init__(self,
-        field:str,  # Name of the argument
-        value,      # What was given
-        why:str,    # What would be right, as in `must be at least 1`
-    ):
+    "An argument that cannot be used: `field` was `value`, and `why` says what would be right."
+    def __init__(self, field:str, value, why:str):
         self.field,self.value,self.why = field,value,why
         super().__init__(field, value, why)      # so that it can be pickled
     def __str__(self): return f"{self.field}={shown(self.value)}: {self.why}"
 
 # %% ../nbs/00_checks.ipynb #whole
-def whole(
-    field:str,   # Name of the argument
-    value,       # What was given
-    lo:int=1,    # Smallest value allowed
-    hi:int=None, # Largest; None for no limit
-) -> int:        # `value` as a plain int
-    "A whole number of at least `lo`."
+def whole(field:str, value, lo:int=1, hi:Optional[int]=None) -> int:
+    "`value` as a whole number from `lo` to `hi`."
     try: n = None if isinstance(value, (bool, Tensor)) else operator.index(value)
     except TypeError: n = None
     if n is None: raise BadValue(field, value, "must be a whole number")
@@ -47,74 +35,52 @@ def whole(
     if hi is not None and n > hi: raise BadValue(field, value, f"must be at most {hi}")
     return n
 
-# %% ../nbs/00_checks.ipynb #number
 def number(
     field:str,        # Name of the argument
     value,            # What was given
     lo:float=0.,      # Smallest value allowed
-    hi:float=None,    # Largest; None for no limit
+    hi:Optional[float]=None, # Largest; None for no limit
     above:bool=False, # Must it be larger than `lo`?
     below:bool=False, # Must it be smaller than `hi`?
 ) -> float:           # `value`
     "A finite number in a range."
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300 and isfinite(value)
-    ok = ok and (value > lo if above else value >= lo) and (hi is None or (value < hi if below else value <= hi))
-    if ok: return value
-    says = f"above {lo:g}" if above else f"from {lo:g}"
-    raise BadValue(field, value, f"must be a number {says}" + ("" if hi is None else f" {'to below' if below else 'to'} {hi:g}"))
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+    ok = ok and (value > lo if above else value >= lo)
+    if ok and (hi is None or (value < hi if below else value <= hi)): return value
+    limit = "" if hi is None else f" {'to below' if below else 'to'} {hi:g}"
+    raise BadValue(field, value, f"must be a number {'above' if above else 'from'} {lo:g}{limit}")
 
 # %% ../nbs/00_checks.ipynb #one-of
-def one_of(
-    field:str, # Name of the argument
-    value,     # What was given
-    names,     # The names to choose from
-) -> str:      # The name, as it is spelled in `names`
-    "One of some names; `-` and `_` are the same, and so are large and small letters."
-    names = tuple(names)
-    if value in names: return value
-    plain = str(value).replace("-", "_").lower()
+def one_of(field:str, value, names) -> str:
+    "The one of `names` that is meant; `-` and `_` are the same, and so are large and small letters."
+    def plain(v): return str(v).replace("-", "_").lower()
     for n in names:
-        if isinstance(value, str) and isinstance(n, str) and n.replace("-", "_").lower() == plain: return n
-    near = get_close_matches(plain, map(str, names), 1, 0.5)
-    raise BadValue(field, value, f"must be one of {', '.join(map(str, names))}" + (f"; did you mean {near[0]}?" if near else ""))
+        if value == n or isinstance(value, str) and plain(value) == plain(n): return n
+    near = get_close_matches(plain(value), map(str, names), 1, 0.5)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise BadValue(field, value, f"must be one of {', '.join(map(str, names))}{hint}")
 
-# %% ../nbs/00_checks.ipynb #flag
-def flag(
-    field:str, # Name of the argument
-    value,     # What was given
-) -> bool:     # `value`
+def flag(field:str, value) -> bool:
     "True or False."
     if not isinstance(value, bool): raise BadValue(field, value, "must be True or False")
     return value
 
 # %% ../nbs/00_checks.ipynb #floats
-def floats(
-    field:str,   # Name of the argument
-    x,           # What was given
-    shape:tuple, # Expected shape, `None` where any size will do
-) -> Tensor:     # `x`
-    "A floating-point tensor of that shape."
+def floats(field:str, x, shape:tuple) -> Tensor:
+    "`x`, a floating-point tensor of that shape; None in `shape` is any size."
     if not isinstance(x, Tensor): raise BadValue(field, x, f"must be a tensor, got {type(x).__name__}")
     if not x.is_floating_point(): raise BadValue(field, x, "must hold floating point numbers")
     if x.ndim != len(shape) or any(n is not None and n != m for n,m in zip(shape, x.shape)):
-        raise BadValue(field, x, f"must have shape ({', '.join('any' if n is None else str(n) for n in shape)})")
+        sizes = ", ".join("any" if n is None else str(n) for n in shape)
+        raise BadValue(field, x, f"must have shape ({sizes})")
     return x
 
-# %% ../nbs/00_checks.ipynb #can-look
-def can_look(
-    x:Tensor, # Any tensor
-) -> bool:    # True on the CPU, outside `torch.compile`
-    "May values be checked?"
+def can_look(x:Tensor) -> bool:
+    "May values be checked? On the CPU, outside `torch.compile`."
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
-# %% ../nbs/00_checks.ipynb #class-indices
-def class_indices(
-    field:str,   # Name of the argument
-    which,       # What was given
-    b:int,       # Images in the batch
-    n:int,       # Number of classes
-) -> Tensor:     # `which`
-    "`b` class indices from 0 to `n-1`."
+def class_indices(field:str, which, b:int, n:int) -> Tensor:
+    "`which`, `b` class indices from 0 to `n-1`."
     if not isinstance(which, Tensor): raise BadValue(field, which, f"must be a tensor, got {type(which).__name__}")
     if which.is_floating_point() or which.is_complex() or which.dtype == torch.bool:
         raise BadValue(field, which, "must be integers, indices of classes")

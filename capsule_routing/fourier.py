@@ -8,12 +8,14 @@ __all__ = ['bilinear', 'ConvPlan', 'conv_plan', 'fourier_conv2d', 'n_products', 
 # %% ../nbs/02b_fourier.ipynb #imports
 import ctypes, sys
 from functools import lru_cache
+from itertools import product
 from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from torch.autograd.function import once_differentiable
+from .checks import BadValue, floats, whole
+from .factored import in_bf16, is_transformed, plain_grads
 
 # %% ../nbs/02b_fourier.ipynb #frequencies
 @lru_cache(maxsize=16)
@@ -48,17 +50,13 @@ def bilinear(
 # %% ../nbs/02b_fourier.ipynb #plan
 class ConvPlan(NamedTuple):
     "How one strided convolution is cut into tiles and phases."
-    stride:int  # Phases along each axis
-    taps:int    # Taps of a kernel's phase, along each axis
-    out:tuple   # Rows and columns of results
-    tile:tuple  # Rows and columns of results in one tile
+    stride:int    # Phases along each axis
+    taps:int      # Taps of a kernel's phase, along each axis
+    out:tuple     # Rows and columns of results
+    tile:tuple    # Rows and columns of results in one tile
     n_tiles:tuple # Tiles along each axis
-
-    @property
-    def n(self): return tuple(m + self.taps - 1 for m in self.tile)  # side of a tile's input, in one phase
-
-    @property
-    def padded(self): return tuple(self.stride * (t*m + self.taps-1) for t,m in zip(self.n_tiles, self.tile))
+    n:tuple       # Rows and columns of a tile's input, in one phase
+    padded:tuple  # Rows and columns of all tiles' input
 
 # %% ../nbs/02b_fourier.ipynb #make-plan
 def conv_plan(
@@ -70,83 +68,99 @@ def conv_plan(
     "Cut a convolution into tiles."
     taps = -(-kernel//stride)
     out = tuple((s - kernel)//stride + 1 for s in size)
-    def best(o):
-        return min(((-(-o//m) * (m+taps-1), m) for m in range(1, max(1, max_n-taps+1)+1)))[1]
-    tile = tuple(min(o, best(o)) for o in out)
-    return ConvPlan(stride, taps, out, tile, tuple(-(-o//m) for o,m in zip(out, tile)))
+    sides = range(1, max(1, max_n-taps+1)+1)
+    tile = tuple(min(o, min(sides, key=lambda m: (-(-o//m) * (m+taps-1), m))) for o in out)
+    n_tiles = tuple(-(-o//m) for o,m in zip(out, tile))
+    padded = tuple(stride * (t*m + taps-1) for t,m in zip(n_tiles, tile))
+    return ConvPlan(stride, taps, out, tile, n_tiles, tuple(m + taps-1 for m in tile), padded)
 
 # %% ../nbs/02b_fourier.ipynb #gather
 def _tiles(x, p):
-    "`(b, c, h, w)` to phases, places in a tile, images and tiles, channels: `(s*s, n*n, b*t*t*c)`."
+    "`(b, c, h, w)` to places in a tile, images and tiles, phases and channels: `(n*n, b*t*t, s*s*c)`."
     x = x[:, :, :p.padded[0], :p.padded[1]]
     short = [w - s for w,s in zip(p.padded, x.shape[2:])]
     if any(short): x = F.pad(x, (0, short[1], 0, short[0]))
     b,c,h,w = x.shape; s = p.stride
     x = x.permute(0, 2, 3, 1).unflatten(2, (w//s, s)).unflatten(1, (h//s, s))    # (b, h/s, s, w/s, s, c)
     x = x.unfold(1, p.n[0], p.tile[0]).unfold(3, p.n[1], p.tile[1])              # (b, t, s, t, s, c, n, n)
-    return x.permute(2, 4, 6, 7, 0, 1, 3, 5).reshape(s*s, p.n[0]*p.n[1], -1)
+    return x.permute(6, 7, 0, 1, 3, 2, 4, 5).reshape(p.n[0]*p.n[1], -1, s*s*c)
 
 def _kernels(w, p):
-    "`(o, c, k, k)` to phases, taps, channels: `(s*s, taps*taps, o*c)`."
+    "`(o, c, k, k)` to taps, channels out, phases and channels in: `(taps*taps, o, s*s*c)`."
     s,short = p.stride,p.stride*p.taps - w.shape[2]
     if short: w = F.pad(w.permute(0, 2, 3, 1), (0, 0, 0, short, 0, short)).permute(0, 3, 1, 2)
     w = w.unflatten(3, (p.taps, s)).unflatten(2, (p.taps, s))                    # (o, c, taps, s, taps, s)
-    return w.permute(3, 5, 2, 4, 0, 1).reshape(s*s, p.taps**2, -1)
+    return w.permute(2, 4, 0, 3, 5, 1).reshape(p.taps**2, w.shape[0], -1)
 
 # %% ../nbs/02b_fourier.ipynb #scatter
 def _untile(gx, p, shape):
     "The transpose of `_tiles`: what each pixel gets from every tile that saw it, channels last."
     (b,c,h,w),s,(nh,nw),(mh,mw) = shape,p.stride,p.n,p.tile
-    gx = gx.view(s, s, nh, nw, b, *p.n_tiles, c).permute(4, 5, 6, 2, 0, 3, 1, 7)  # (b, t, t, n, s, n, s, c)
-    whole = p.n_tiles == (1, 1)
-    full = (gx.new_empty if whole else gx.new_zeros)(b, p.padded[0]//s, s, p.padded[1]//s, s, c)
-    for i in range(p.n_tiles[0]):
-        for j in range(p.n_tiles[1]):
-            spot = full[:, i*mh:i*mh+nh, :, j*mw:j*mw+nw]
-            spot.copy_(gx[:, i, j]) if whole else spot.add_(gx[:, i, j])
-    full = full.view(b, p.padded[0], p.padded[1], c)[:, :h, :w]
+    gx = gx.unflatten(2, (s, s, c)).unflatten(1, (b, *p.n_tiles)).unflatten(0, (nh, nw))
+    gx = gx.permute(2, 3, 4, 0, 5, 1, 6, 7)                                       # (b, t, t, n, s, n, s, c)
+    if p.n_tiles == (1, 1): full = gx.reshape(b, *p.padded, c)
+    else:
+        full = gx.new_zeros(b, p.padded[0]//s, s, p.padded[1]//s, s, c)
+        for i,j in product(*map(range, p.n_tiles)): full[:, i*mh:i*mh+nh, :, j*mw:j*mw+nw] += gx[:, i, j]
+    full = full.view(b, *p.padded, c)[:, :h, :w]
     if full.shape[1:3] != (h, w): full = F.pad(full, (0, 0, 0, w-full.shape[2], 0, h-full.shape[1]))
     return full.permute(0, 3, 1, 2)
+
+def _unkernels(gw, p, shape):
+    "The transpose of `_kernels`, channels last."
+    o,c,k,_ = shape
+    gw = gw.unflatten(2, (p.stride, p.stride, c)).unflatten(0, (p.taps, p.taps))  # (taps, taps, o, s, s, c)
+    gw = gw.permute(2, 0, 3, 1, 4, 5).reshape(o, p.taps*p.stride, p.taps*p.stride, c)
+    return gw[:, :k, :k].permute(0, 3, 1, 2)
+
+# %% ../nbs/02b_fourier.ipynb #mix
+def _mix(M, x):
+    "Multiply the places of `x (places, n, c)` by a matrix `M (rows, places)`: `(rows, n, c)`."
+    if x.dtype == torch.bfloat16: return (M @ x.flatten(1)).unflatten(1, x.shape[1:])
+    return (M.expand(x.shape[1], *M.shape) @ x.transpose(0, 1)).transpose(0, 1)
+
+# %% ../nbs/02b_fourier.ipynb #mix-products
+def _mix_products(M, P, Q):
+    "`_mix(M, P @ Q)` of `P (m, n, k)` and `Q (m, k, c)`, a quarter of the `m` products at a time."
+    if P.dtype == torch.bfloat16: return _mix(M, P @ Q)
+    out = P.new_zeros(P.shape[1], len(M), Q.shape[2])           # (n, rows, c)
+    for m,p,q in zip(M.chunk(4, 1), P.chunk(4), Q.chunk(4)):
+        out.baddbmm_(m.expand(len(out), *m.shape), (p @ q).transpose(0, 1))
+    return out.transpose(0, 1)
 
 # %% ../nbs/02b_fourier.ipynb #fourier-function
 class _FourierConv(torch.autograd.Function):
     "A strided convolution and its two gradients as matrix products."
     @staticmethod
-    def forward(ctx, x, w, p):
-        (b,c),o = x.shape[:2],len(w)
-        A,B,C = bilinear(*p.tile, p.taps, x.dtype, x.device)
-        X,K = A @ _tiles(x, p),B @ _kernels(w, p)                       # (s*s, m, b*t*t*c), (s*s, m, o*c)
-        X,K = X.unflatten(2, (-1, c)),K.unflatten(2, (o, c))
-        Y = X[0] @ K[0].transpose(1, 2)                                 # (m, b*t*t, o)
-        for x_,k_ in zip(X[1:], K[1:]): Y.baddbmm_(x_, k_.transpose(1, 2))
-        ctx.save_for_backward(X, K)
-        ctx.p,ctx.x_shape,ctx.w_shape = p,x.shape,w.shape
-        y = (C @ Y.flatten(1)).view(*p.tile, b, *p.n_tiles, o)          # (m_h, m_w, b, t_h, t_w, o)
-        y = y.permute(2, 3, 0, 4, 1, 5).reshape(b, p.n_tiles[0]*p.tile[0], p.n_tiles[1]*p.tile[1], o)
-        return y[:, :p.out[0], :p.out[1]].permute(0, 3, 1, 2)           # channels last in memory
+    def forward(ctx, x, w, p, dtype):
+        A,B,C = bilinear(*p.tile, p.taps, dtype, x.device)
+        X,K = _mix(A, _tiles(x.to(dtype), p)),_mix(B, _kernels(w.to(dtype), p)) # (m, b*t*t, s*s*c), (m, o, s*s*c)
+        ctx.save_for_backward(x, w, X, K); ctx.p = p
+        y = _mix(C, X @ K.transpose(1, 2))                                      # (m_h*m_w, b*t*t, o)
+        y = y.unflatten(1, (len(x), *p.n_tiles)).unflatten(0, p.tile).permute(2, 3, 0, 4, 1, 5)
+        y = y.reshape(len(x), p.n_tiles[0]*p.tile[0], p.n_tiles[1]*p.tile[1], len(w))
+        return y[:, :p.out[0], :p.out[1]].permute(0, 3, 1, 2)                   # channels last in memory
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g):
-        with torch.autocast(g.device.type, enabled=False): return _FourierConv._backward(ctx, g)
+        def plain(x, w): return F.conv2d(x.to(w.dtype), w, stride=ctx.p.stride).to(g.dtype)
+        with torch.autocast(g.device.type, enabled=False):
+            if torch.is_grad_enabled() or is_transformed(g):                    # a graph of the gradients is wanted
+                gx,gw = plain_grads(plain, ctx.saved_tensors[:2], g)
+            else: gx,gw = _FourierConv._grads(ctx.p, *ctx.saved_tensors, g, ctx.needs_input_grad)
+        return gx, gw, None, None
 
     @staticmethod
-    def _backward(ctx, g):
-        X,K = ctx.saved_tensors
-        p,(o,c,k,_) = ctx.p,ctx.w_shape
+    def _grads(p, x, w, X, K, g, wanted):
         A,B,C = bilinear(*p.tile, p.taps, g.dtype, g.device)
         short = [t*m - n for t,m,n in zip(p.n_tiles, p.tile, p.out)]
         if any(short): g = F.pad(g, (0, short[1], 0, short[0]))
-        G = g.unflatten(3, (-1, p.tile[1])).unflatten(2, (-1, p.tile[0])) # (b, o, t_h, m_h, t_w, m_w)
-        G = C.T @ G.permute(3, 5, 0, 2, 4, 1).reshape(p.tile[0]*p.tile[1], -1)
-        G,gx,gw = G.view(len(A), -1, o),None,None                       # (m, b*t*t, o)
-        if ctx.needs_input_grad[1]:
-            gw = torch.stack([B.T @ (G.transpose(1, 2) @ x_).flatten(1) for x_ in X])    # (s*s, taps*taps, o*c)
-            gw = gw.view(p.stride, p.stride, p.taps, p.taps, o, c).permute(4, 2, 0, 3, 1, 5)
-            gw = gw.reshape(o, p.taps*p.stride, p.taps*p.stride, c)[:, :k, :k].permute(0, 3, 1, 2)
-        if ctx.needs_input_grad[0]:
-            gx = _untile(torch.stack([A.T @ (G @ k_).flatten(1) for k_ in K]), p, ctx.x_shape)
-        return gx, gw, None
+        g = g.unflatten(3, (-1, p.tile[1])).unflatten(2, (-1, p.tile[0]))       # (b, o, t_h, m_h, t_w, m_w)
+        g = g.permute(3, 5, 0, 2, 4, 1).reshape(p.tile[0]*p.tile[1], -1, len(w))
+        G,gx,gw = _mix(C.T, g),None,None                                        # (m, b*t*t, o)
+        if wanted[1]: gw = _unkernels(_mix_products(B.T, G.transpose(1, 2), X), p, w.shape).to(w.dtype)
+        if wanted[0]: gx = _untile(_mix_products(A.T, G, K), p, x.shape)
+        return gx, gw
 
 # %% ../nbs/02b_fourier.ipynb #fourier-conv2d
 def fourier_conv2d(
@@ -156,42 +170,34 @@ def fourier_conv2d(
     stride:int=1,      # Step between results, in both directions
 ) -> Tensor:           # `(b, o, h', w')`, channels last in memory
     "What `F.conv2d` computes, with fewer multiplications: worth it for many channels and a large kernel on a CPU."
-    if x.ndim != 4 or weight.ndim != 4 or x.shape[1] != weight.shape[1] or weight.shape[2] != weight.shape[3]:
-        raise ValueError(f"fourier_conv2d: x must be (b, c, h, w) and weight (o, c, k, k), got {tuple(x.shape)} and {tuple(weight.shape)}")
+    floats("x", x, (None,)*4); floats("weight", weight, (None, x.shape[1], None, None))
     k = weight.shape[2]
-    if min(x.shape[2:]) < k: raise ValueError(f"fourier_conv2d: a kernel of {k}x{k} does not fit an image of {x.shape[2]}x{x.shape[3]}")
-    y = _FourierConv.apply(x, weight, conv_plan(tuple(x.shape[2:]), k, stride))
-    return y if bias is None else y + bias[:, None, None]
+    if weight.shape[3] != k: raise BadValue("weight", weight, "must have as many rows as columns")
+    if min(x.shape[2:]) < k: raise BadValue("x", x, f"is smaller than the kernel, {k}x{k}")
+    if is_transformed(x): return F.conv2d(x, weight, bias, stride)
+    p = conv_plan(tuple(x.shape[2:]), k, whole("stride", stride))
+    dtype = torch.bfloat16 if in_bf16(x) and weight.dtype == torch.float32 else x.dtype
+    with torch.autocast(x.device.type, enabled=False): y = _FourierConv.apply(x, weight, p, dtype)
+    return y if bias is None else y + bias.to(dtype)[:, None, None]
 
 # %% ../nbs/02b_fourier.ipynb #products
-def n_products(
-    p:ConvPlan, # The tiling
-    b:int,      # Images
-    c:int,      # Channels in
-    o:int,      # Channels out
-) -> int:       # Multiplications of one forward pass, transforms included
-    "What `fourier_conv2d` multiplies."
+def n_products(p:ConvPlan, b:int, c:int, o:int) -> int:
+    "Multiplications of one forward pass of `b` images from `c` to `o` channels, transforms included."
     (nh,nw),tiles = p.n,p.n_tiles[0]*p.n_tiles[1]
-    real = (2 - nh%2) * (2 - nw%2)                     # frequencies that are their own mirror
-    m = real + 3*(nh*nw - real)//2
+    m = (3*nh*nw - (2 - nh%2) * (2 - nw%2))//2         # three for two, but for frequencies that are their own mirror
     return m * (p.stride**2 * (tiles*b*c*o + tiles*b*c*nh*nw + c*o*p.taps**2) + tiles*b*o*p.tile[0]*p.tile[1])
 
 # %% ../nbs/02b_fourier.ipynb #fourier-conv
 class FourierConv2d(nn.Conv2d):
     "A convolution that multiplies less where that pays; weights and results are those of `nn.Conv2d`."
-    def __init__(self,
-        in_channels:int,   # Channels in
-        out_channels:int,  # Channels out
-        kernel_size:int,   # Side of the kernel
-        stride:int=1,      # Step between results
-    ): super().__init__(in_channels, out_channels, kernel_size, stride)
+    def __init__(self, in_channels:int, out_channels:int, kernel_size:int, stride:int=1):
+        super().__init__(in_channels, out_channels, kernel_size, stride)
 
-    def pays(self,
-        x:Tensor, # Input, `(b, c, h, w)`
-    ) -> bool:    # Take the Fourier domain?
-        "Is this input one for which fewer multiplications are less time?"
-        if x.device.type != 'cpu' or torch.is_autocast_enabled('cpu') or torch.compiler.is_compiling(): return False
-        if x.dtype not in (torch.float32, torch.float64) or x.dtype != self.weight.dtype: return False
+    def pays(self, x:Tensor) -> bool:
+        "Are fewer multiplications less time for images `(b, c, h, w)` like these?"
+        if x.device.type != 'cpu' or torch.compiler.is_compiling() or is_transformed(x): return False
+        if not in_bf16(x) and (torch.is_autocast_enabled('cpu') or x.dtype != self.weight.dtype): return False
+        if self.weight.dtype not in (torch.float32, torch.float64): return False
         (b,c,h,w),o,k,s = x.shape,self.out_channels,self.kernel_size[0],self.stride[0]
         if min(c, o) < 64 or min(h, w) < k or s > k: return False
         p = conv_plan((h, w), k, s)
@@ -199,9 +205,8 @@ class FourierConv2d(nn.Conv2d):
 
     def forward(self, x):
         if not self.pays(x): return super().forward(x)
-        def conv(x): return fourier_conv2d(x, self.weight, self.bias, self.stride[0])
-        if torch.is_grad_enabled() or len(x) <= 256: return conv(x)
-        return torch.cat([conv(part) for part in x.split(256)])
+        parts = [x] if torch.is_grad_enabled() else x.split(256)
+        return torch.cat([fourier_conv2d(q, self.weight, self.bias, self.stride[0]) for q in parts])
 
 # %% ../nbs/02b_fourier.ipynb #keep-freed-memory
 def keep_freed_memory(

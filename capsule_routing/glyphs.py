@@ -8,13 +8,15 @@ __all__ = ['FACES', 'EXTENT', 'CELLS', 'FACTORS', 'digit_outline', 'distance_fie
 
 # %% ../nbs/07_glyphs.ipynb #glyphs-imports
 from functools import lru_cache
-from math import radians
+from math import pi, radians
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .checks import whole
 
 # %% ../nbs/07_glyphs.ipynb #glyphs-faces
 FACES = {  # Font files in matplotlib's `ttf` folder, with the slant of their own in degrees
@@ -32,17 +34,14 @@ def digit_outline(
     "The outline of one digit as straight pieces, upright and centred."
     from matplotlib import ft2font, get_data_path
     from matplotlib.path import Path
-    flags = getattr(ft2font, 'LoadFlags', None)
     font = ft2font.FT2Font(f'{get_data_path()}/fonts/ttf/{face}.ttf')
+    flags = getattr(ft2font, 'LoadFlags', None)                   # since matplotlib 3.10
     font.set_size(1024, 72)
-    font.load_char(ord('0') + digit, flags=flags.NO_HINTING if flags else ft2font.LOAD_NO_HINTING)
-    t = np.linspace(0, 1, n_pieces + 1)
-    pieces = []
-    for curve, _ in Path(*font.get_path()).iter_bezier():
-        p = curve(t if len(curve.control_points) > 2 else t[[0, -1]])
-        pieces.append(np.stack([p[:-1], p[1:]], 1))
-    p = np.concatenate(pieces) * [1, -1]                          # y down
-    p[..., 0] += np.tan(radians(FACES[face])) * p[..., 1]         # upright
+    font.load_char(ord('0') + digit, flags=flags.NO_HINTING if flags else 2)
+    curves = [c for c, _ in Path(*font.get_path()).iter_bezier()] # a straight one has two points
+    lines = [c(np.linspace(0, 1, 1 + (n_pieces if len(c.control_points) > 2 else 1))) for c in curves]
+    p = np.concatenate([np.stack([l[:-1], l[1:]], 1) for l in lines]) * [1, -1]  # y down
+    p[..., 0] += np.tan(radians(FACES[face])) * p[..., 1]                        # upright
     low, high = p.min((0, 1)), p.max((0, 1))
     return ((p - (low + high) / 2) / (high - low)[1]).astype(np.float32) # (s, 2, 2)
 
@@ -56,7 +55,8 @@ def distance_field(
     ab, y = b - a, points[:, 1:]
     along, length2 = points @ ab.T - (a * ab).sum(1), (ab * ab).sum(1)    # (p, s), (s,)
     t = (along / length2.clip(1e-12)).clip(0, 1)                          # nearest place on each piece
-    dist2 = (points**2).sum(1) + ((t * length2 - 2 * along) * t - 2 * points @ a.T + (a * a).sum(1)).min(1)
+    from_a = (t * length2 - 2 * along) * t - 2 * points @ a.T + (a * a).sum(1)
+    dist2 = (points**2).sum(1) + from_a.min(1)
     left = ab[:, 0] * y - points[:, :1] * ab[:, 1] > ab[:, 0] * a[:, 1] - a[:, 0] * ab[:, 1]
     a_past, b_past = a[:, 1] <= y, b[:, 1] <= y
     winding = (a_past & ~b_past & left).sum(1) - (b_past & ~a_past & ~left).sum(1)
@@ -87,7 +87,7 @@ def glyph_table() -> tuple: # Fields with their gradients `(faces * 10, 3, CELLS
     fields = torch.from_numpy(np.stack(fields)).float()           # (faces * 10, 3, cells, cells)
     return fields, mean_stroke(fields[:, 0])
 
-# %% ../nbs/07_glyphs.ipynb #glyphs-factor
+# %% ../nbs/07_glyphs.ipynb #glyphs-factors
 class Factor(NamedTuple):
     "One number that shapes a glyph, drawn evenly from `low` to `high`."
     name:str
@@ -95,7 +95,6 @@ class Factor(NamedTuple):
     high:float
     unit:str
 
-# %% ../nbs/07_glyphs.ipynb #glyphs-factors
 FACTORS = (  # Pixels are those of a 28-pixel image; for another size they grow with it
     Factor('slant',     -20,  20,  'degrees, right is positive'),
     Factor('thickness', 1.6,  3.6, 'pixels, mean thickness of the stroke'),
@@ -106,6 +105,22 @@ FACTORS = (  # Pixels are those of a 28-pixel image; for another size they grow 
     Factor('waviness',  -1.5, 1.5, 'pixels, how far the middle swings right and the ends left'))
 
 # %% ../nbs/07_glyphs.ipynb #glyphs-render
+def _draw(py, px, which, slant, thick, width, scale, sx, sy, wave):
+    "How far each pixel lies inside the stroke, in pixels, `(n, size, size)`."
+    table, strokes = glyph_table()
+    shear = torch.tan(slant * (pi / 180))
+    y = (py - sy) / scale                                         # in digit heights
+    x = ((px - sx) / scale + shear * y - wave / scale * torch.cos(2 * pi * y)) / width
+    f, gx, gy = F.grid_sample(table[which], torch.stack([x, y], -1) / EXTENT, mode='bilinear',
+                              padding_mode='border', align_corners=True).unbind(1)
+    # The face's distances become pixels along the gradient: divide by |J^T g|, J the warp's Jacobian
+    bend = (shear + wave / scale * 2 * pi * torch.sin(2 * pi * y)) / width
+    jx, jy = gx / width / scale, (gx * bend + gy) / scale
+    g = (gx.square() + gy.square()).sqrt().clamp_min(1e-3)
+    k = g / (jx.square() + jy.square()).sqrt().clamp_min(1e-4)    # pixels per digit height
+    return thick / 2 - k * (strokes[which][:, None, None] / 2 - f)
+
+# %% ../nbs/07_glyphs.ipynb #glyphs-render-all
 def render_glyphs(
     digit:Tensor,    # 0 to 9, int64 `(n,)`
     face:Tensor,     # Index into `FACES`, int64 `(n,)`
@@ -114,29 +129,13 @@ def render_glyphs(
     chunk:int=256,   # Images drawn at once
 ) -> Tensor:         # Grey images, white on black, uint8 `(n, 1, size, size)`
     "Draw digits from their factors."
-    table, strokes = glyph_table()
-    out = torch.empty(len(digit), 1, size, size, dtype=torch.uint8)
     axis = (torch.arange(size) + 0.5) * (28 / size) - 14          # pixel centres, origin in the middle
     py, px = torch.meshgrid(axis, axis, indexing='ij')            # (size, size)
-    for s in range(0, len(digit), chunk):
-        which = face[s:s+chunk] * 10 + digit[s:s+chunk]
-        slant, thick, width, scale, sx, sy, wave = factors[s:s+chunk].float().T[..., None, None]
-        shear = torch.tan(slant * (torch.pi / 180))
-        y = (py - sy) / scale                                     # (n, size, size), in digit heights
-        swing = wave / scale * torch.cos(2 * torch.pi * y)
-        x = ((px - sx) / scale + shear * y - swing) / width
-        grid = torch.stack([x, y], -1) / EXTENT
-        f, gx, gy = F.grid_sample(table[which], grid, mode='bilinear', padding_mode='border', align_corners=True).unbind(1)
-        # Distances in the face's own frame become pixels along the gradient: divide by |J^T g|, J the warp's Jacobian
-        bend = (shear + wave / scale * 2 * torch.pi * torch.sin(2 * torch.pi * y)) / width
-        jx, jy = gx / width / scale, (gx * bend + gy) / scale
-        g = (gx.square() + gy.square()).sqrt().clamp_min(1e-3)
-        k = g / (jx.square() + jy.square()).sqrt().clamp_min(1e-4)  # pixels per digit height
-        inside = thick / 2 - k * (strokes[which][:, None, None] / 2 - f)
-        out[s:s+chunk, 0] = (inside * (size / 28) + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
-    return out
+    parts = zip((face * 10 + digit).split(chunk), factors.float().split(chunk))
+    inside = torch.cat([_draw(py, px, which, *f.T[..., None, None]) for which, f in parts])
+    return (inside[:, None] * (size / 28) + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
 
-# %% ../nbs/07_glyphs.ipynb #glyphs-tuple
+# %% ../nbs/07_glyphs.ipynb #glyphs-make
 class Glyphs(NamedTuple):
     "Images with their labels and the factors that made them."
     x:Tensor            # Images, uint8 `(n, 1, size, size)`, white on black
@@ -145,18 +144,17 @@ class Glyphs(NamedTuple):
     factor_names:tuple  # Their `F` names
     face:Tensor         # Index into `FACES`, int64 `(n,)`
 
-# %% ../nbs/07_glyphs.ipynb #glyphs-make
 def make_glyphs(
     n:int=10_000, # How many
     seed:int=0,   # Any whole number from 0; other seeds give other digits
     size:int=28,  # Height and width in pixels, from 8
 ) -> Glyphs:      # Images, labels and factors
     "Draw `n` random digits; image `k` is the same for every `n`."
-    for name, v, low in (('n', n, 1), ('seed', seed, 0), ('size', size, 8)):
-        if isinstance(v, bool) or not isinstance(v, (int, np.integer)): raise TypeError(f'{name}={v!r}: must be a whole number')
-        if v < low: raise ValueError(f'{name}={v}: must be at least {low}')
-    u = np.random.Generator(np.random.PCG64(np.random.SeedSequence(int(seed)))).random((int(n), 2 + len(FACTORS)))
-    digit, face = (torch.from_numpy((u[:, i] * m).astype(np.int64)) for i, m in ((0, 10), (1, len(FACES))))
-    low, high = (torch.tensor([getattr(f, k) for f in FACTORS]) for k in ('low', 'high'))
-    factors = low + torch.from_numpy(u[:, 2:]).float() * (high - low)
-    return Glyphs(render_glyphs(digit, face, factors, int(size)), digit, factors, tuple(f.name for f in FACTORS), face)
+    n, seed, size = whole('n', n), whole('seed', seed, 0), whole('size', size, 8)
+    g = np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed)))
+    u = torch.from_numpy(g.random((n, 2 + len(FACTORS))))         # (n, 9)
+    digit, face = (u[:, :2] * torch.tensor([10, len(FACES)])).long().T.contiguous()
+    names, low, high, _ = zip(*FACTORS)
+    low, high = torch.tensor([low, high])
+    factors = low + u[:, 2:].float() * (high - low)
+    return Glyphs(render_glyphs(digit, face, factors, size), digit, factors, names, face)

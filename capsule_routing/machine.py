@@ -25,31 +25,21 @@ def pick_device(
     "The GPU if there is one and it is allowed, otherwise the CPU."
     return torch.device("cuda" if torch.cuda.is_available() and not no_cuda else "cpu")
 
-# %% ../nbs/08a_machine.ipynb #pick-precision
 PRECISIONS = ("auto", "fp32", "bf16")
 
-def pick_precision(
-    precision:str,       # `"auto"`, `"fp32"` or `"bf16"`
-    device:torch.device, # Where the network runs
-) -> str:                # `"fp32"` or `"bf16"`
-    "`auto` is bf16 on a GPU that has it, fp32 elsewhere."
+def pick_precision(precision:str, device:torch.device) -> str:
+    "`fp32` or `bf16`; `auto` is bf16 on a GPU that has it, fp32 elsewhere."
     if one_of("precision", precision, PRECISIONS) != "auto": return precision
     gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return "bf16" if gpu else "fp32"
 
-def in_precision(
-    precision:str,       # `"fp32"` or `"bf16"`
-    device:torch.device, # Where the network runs
-):                       # A context manager
+def in_precision(precision:str, device:torch.device):
     "The context in which a network runs."
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 # %% ../nbs/08a_machine.ipynb #pick-compile
-def pick_compile(
-    compile:str,         # `"on"` or `"off"`
-    device:torch.device, # Where the network runs
-) -> str:                # `"on"` or `"off"`
-    "`torch.compile` needs a C++ compiler, on a GPU Triton; where it is missing a warning says so."
+def pick_compile(compile:str, device:torch.device) -> str:
+    "`on` or `off`: `torch.compile` needs a C++ compiler, on a GPU Triton; where it is missing a warning says so."
     names = [os.environ.get("CXX") or "c++", "g++", "clang++", "cl"]
     gpu = device.type == "cuda"
     if compile == "off" or (find_spec("triton") if gpu else any(map(shutil.which, names))): return compile
@@ -58,20 +48,16 @@ def pick_compile(
     return "off"
 
 # %% ../nbs/08a_machine.ipynb #device-name
-def device_name(
-    device:torch.device, # Where something runs
-) -> str:                # As its maker calls it
-    "The name of a GPU, or of the processor."
+def device_name(device:torch.device) -> str:
+    "The name of a GPU, or of the processor, as its maker calls it."
     if device.type == "cuda": return torch.cuda.get_device_name(device)
     try: lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError: lines = []
     named = (l.split(":")[1].strip() for l in lines if l.startswith("model name"))
     return next(named, platform.processor() or platform.machine())
 
-def peak_memory(
-    device=None, # Device of the run; None means the CPU
-) -> int:        # Bytes
-    "Most memory ever held: torch's on a GPU, the whole process's on the CPU."
+def peak_memory(device=None) -> int:
+    "Bytes, the most ever held: torch's on a GPU, the whole process's on the CPU."
     if device is not None and torch.device(device).type == "cuda": return torch.cuda.max_memory_allocated(device)
     try: import resource
     except ImportError: return 0                                       # Windows has no such call
@@ -79,11 +65,7 @@ def peak_memory(
 
 # %% ../nbs/08a_machine.ipynb #on-machine
 @contextmanager
-def on_machine(
-    threads:int,         # CPU threads
-    device:torch.device, # Where the network runs
-    deterministic:bool,  # Forbid a GPU's operations whose result depends on timing?
-):
+def on_machine(threads:int, device:torch.device, deterministic:bool):
     "Threads, memory and determinism for the length of a `with`."
     cudnn,n,was = torch.backends.cudnn,torch.get_num_threads(),torch.are_deterministic_algorithms_enabled()
     before = cudnn.deterministic,cudnn.benchmark
@@ -101,30 +83,24 @@ def on_machine(
         cudnn.deterministic,cudnn.benchmark = before
 
 # %% ../nbs/08a_machine.ipynb #rank-world
-def rank_world() -> tuple: # This process's number, and how many there are
-    "`(0, 1)` without torch.distributed."
+def rank_world() -> tuple:
+    "This process's number, and how many there are; `(0, 1)` without torch.distributed."
     there = distributed.is_available() and distributed.is_initialized()
     return (distributed.get_rank(), distributed.get_world_size()) if there else (0, 1)
 
 _reduced = deque(maxlen=8)
 
-def reduce_all(
-    t:torch.Tensor,     # Changed in place
-    largest:bool=False, # The largest, not the sum?
-) -> torch.Tensor:      # `t`
-    "Sum over the processes."
+def reduce_all(t:torch.Tensor, largest:bool=False) -> torch.Tensor:
+    "The sum over the processes, or the largest, in place."
     _reduced.append(t)  # in torch 2.4 a process could hang at its end when a thread of gloo was the last to hold it
     distributed.all_reduce(t, distributed.ReduceOp.MAX if largest else distributed.ReduceOp.SUM)
     return t
 
-def gather(
-    v,         # Anything that can be pickled
-) -> list:     # One from each process, in their order
-    "What every process has."
+def gather(v) -> list:
+    "What every process has, in their order; anything that can be pickled."
     rank,world = rank_world()
-    if world == 1: return [v]
-    out = [None]*world
-    distributed.all_gather_object(out, v)
+    out = [v]*world
+    if world > 1: distributed.all_gather_object(out, v)
     return out
 
 # %% ../nbs/08a_machine.ipynb #processes
@@ -148,7 +124,8 @@ def processes(
     if gpu: torch.cuda.set_device(local)
     try: distributed.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(seconds=limit))
     except (ValueError, RuntimeError) as e:
-        raise BadValue("WORLD_SIZE", world, f"the other processes cannot be joined ({str(e).splitlines()[0]})") from None
+        why = str(e).splitlines()[0]
+        raise BadValue("WORLD_SIZE", world, f"the other processes cannot be joined ({why})") from None
     try: yield rank_world()
     finally:
         if sys.exc_info()[0] is None or not gpu: distributed.destroy_process_group()

@@ -10,15 +10,13 @@ from .checks import BadValue
 
 # %% ../nbs/00b_registry.ipynb #registry
 class Registry(dict):
-    "Name to class or function, with a decorator that adds one."
-    def __init__(self,
-        what:str, # What it holds, in one word, for messages
-    ): super().__init__(); self.what = what
+    "Name to class or function, with a decorator that adds one: `@routing(\"mine\")`; `what` it holds, for messages."
+    def __init__(self, what:str):
+        super().__init__()
+        self.what = what
 
-    def __call__(self,
-        name:str, # The name that configs and commands use
-    ):            # A decorator that registers a class or function and gives it back
-        "Register under a name: `@routing(\"mine\")`."
+    def __call__(self, name:str):
+        "Register a class or function under the name that configs and commands use."
         if not isinstance(name, str) or not name: raise BadValue(self.what, name, "must be a name")
         def add(f):
             was = self.get(name)
@@ -32,5 +30,4 @@ class Registry(dict):
         raise BadValue(self.what, name, f"is not registered; known are {', '.join(self)}; import the module that "
                                         "registers it first (--import MODULE on the command line)")
 
-# %% ../nbs/00b_registry.ipynb #registries
 routing,trunk,network,task,table = map(Registry, ("routing", "trunk", "network", "task", "table"))

@@ -9,7 +9,7 @@ __all__ = ['votes', 'RoutingTrace', 'route']
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from .checks import BadValue, floats, whole
+from .checks import floats, whole
 from .squash import full_precision, squash
 
 # %% ../nbs/01_routing.ipynb #votes

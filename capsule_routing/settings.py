@@ -14,7 +14,7 @@ from .machine import PRECISIONS
 
 # %% ../nbs/09c_settings.ipynb #train-config
 SCHEDULES,COMPILES = ("paper", "constant", "one_cycle"),("off", "on")
-WHOLE = (("epochs", 1, 2**31), ("batch_size", 1, 2**31), ("test_batch_size", 1, 2**31), ("decay_steps", 1, 2**31),
+WHOLE = (("epochs", 1, 30_000), ("batch_size", 1, 2**31), ("test_batch_size", 1, 2**31), ("decay_steps", 1, 2**31),
          ("log_interval", 1, 2**31), ("warmup", 0, 2**31), ("shift", 0, 1000), ("seed", 0, 2**63-1))
 
 @dataclass(frozen=True)

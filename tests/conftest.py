@@ -15,6 +15,14 @@ TINY = "--conv-channels 8 --primary-types 2 --primary-size 4 --class-size 4 --de
 TINY_CONFIG = dict(conv_channels=8, n_types=2, d_primary=4, d_class=4, decoder=(16,32))
 
 
+@pytest.hookimpl(tryfirst=True)   # before `-m` chooses
+def pytest_collection_modifyitems(items):
+    "What is marked `kills`, `browser` or `wheel` is slow; what asks for a browser or for the rendered site is `browser`"
+    for o in items:
+        if {"chromium", "site"} & set(o.fixturenames): o.add_marker("browser")
+        if any(o.get_closest_marker(k) for k in ("kills", "browser", "wheel")): o.add_marker("slow")
+
+
 def command_line(verb, *args):
     "A verb as a process: the console script beside this Python, else the function behind it"
     script = Path(sys.executable).parent/verb

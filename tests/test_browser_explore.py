@@ -9,6 +9,7 @@ from capsule_routing.decoder import mask_capsules
 from capsule_routing.explore import explorer_page, explorer_state
 from capsule_routing.pretrained import PoseSet, first_of_each, pretrained_poses
 
+pytestmark = pytest.mark.browser
 top = Path(__file__).resolve().parent.parent
 PIXELS = """c => { const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data; return [c.width, c.height, Array.from(d)] }"""
 

@@ -64,6 +64,7 @@ def test_notebook_is_a_page(nb):
             png = o.get('data', {}).get('image/png', '')
             assert len(png)*3/4 <= 100_000, f'{c.id}: {len(png)*3//4} bytes'
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dot', [False, True], ids=['plain','dot-folder'])
 def test_pages_are_processed(tmp_path, dot):
     "Every notebook gets its page, in a dot-folder too, where nbdev alone writes none and says nothing"

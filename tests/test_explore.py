@@ -271,6 +271,7 @@ def test_image_poses_are_the_networks(glyph_images):
 def refused(p, *parts):
     assert p.returncode == 2 and len(p.stderr.splitlines()) == 1 and all(x in p.stderr for x in parts), (p.returncode, p.stdout, p.stderr)
 
+@pytest.mark.slow
 def test_command_writes_the_page_of_a_run(trained, run_cmd, tmp_path):
     p = run_cmd("capsule_explore", trained.path, "--out", "new/page.html", "--images", "2", "--no-open", cwd=tmp_path)
     assert p.returncode == 0 and p.stderr == "" and p.stdout.startswith("page      new/page.html"), p.stderr
@@ -293,6 +294,7 @@ def test_command_opens_the_page(own_run, monkeypatch, capsys):
     assert len(asked) == 2 and "no browser" not in capsys.readouterr().out
     assert (own_run/"explore.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
 
+@pytest.mark.slow
 def test_command_refuses(trained, own_run, run_cmd, tmp_path):
     (tmp_path/"file").write_text("x"); (tmp_path/"dir.html").mkdir(); (tmp_path/"old.html").write_text("old")
     def bad(args, *parts): refused(run_cmd("capsule_explore", *args, "--no-open", cwd=tmp_path), *parts)

@@ -35,6 +35,7 @@ def row_centres(x, row):
     return (x[:, row] * torch.arange(x.shape[2])).sum(1) / x[:, row].sum(1)
 
 
+@pytest.mark.slow
 def test_a_fresh_process_draws_the_same_glyphs():
     code = ("import hashlib, numpy, torch; numpy.random.seed(5); torch.manual_seed(5)\n"
             "from capsule_routing.glyphs import make_glyphs\n"
@@ -135,6 +136,7 @@ def test_every_digit_of_every_face_has_ink_and_stays_inside():
     assert torch.cat([x[:, 0], x[:, -1], x[:, :, 0], x[:, :, -1]], 1).max() == 0
 
 
+@pytest.mark.slow
 def test_a_linear_classifier_errs_on_a_twentieth_and_more():
     def pixels(g): return torch.cat([g.x.flatten(1).float() / 255, torch.ones(len(g.x), 1)], 1)
     train, test = make_glyphs(10_000), make_glyphs(2_000, seed=2**32)

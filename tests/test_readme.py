@@ -19,6 +19,7 @@ def test_commands_equal():
     assert commands(readme)==commands(source)
     assert "pip install -e '.[dev]' && nbdev_test && pytest" in commands(readme)
     assert [c for c in commands(readme) if c.startswith('pip install -e . && capsule_train ')]
+    assert "pip install -e '.[dev]' && nbdev_test && pytest" in (top/'.ci/run').read_text().splitlines()
 
 def test_figures_equal():
     "Pictures byte for byte, and every number that a cell prints"
@@ -56,3 +57,8 @@ def test_links_within_the_project_are_relative():
     assert cfg['git_url'] not in readme and cfg['doc_host'] not in readme
 
 def test_python_range_is_the_packages(): assert f"Python {cfg['min_python']}" in readme
+
+def test_one_version():
+    "Of settings.ini, where the package has it from, in the list of changes and in the citation"
+    for f,line in (('CHANGELOG.md', f"## {cfg['version']}"), ('CITATION.cff', f"version: {cfg['version']}"), ('capsule_routing/__init__.py', f'__version__ = "{cfg["version"]}"')):
+        assert line in (top/f).read_text(encoding='utf-8').splitlines(), f

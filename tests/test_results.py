@@ -59,7 +59,7 @@ class Stop:
         if s.global_step == self.at: raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("recipe", ["paper", "fast"])
+@pytest.mark.parametrize("recipe", [pytest.param("paper", marks=pytest.mark.slow), "fast"])
 @pytest.mark.parametrize("at,ROW", [(1, ROW), (7, ROW), (8, ROW), (15, ROW), (9, BASE)])
 def test_an_interrupted_row_ends_as_the_whole_one(tmp_path, at, recipe, ROW):
     whole = run_row(TOY, ROW, 3, tmp_path/"whole", recipe, **KW)
@@ -179,6 +179,7 @@ def test_files_in_the_package_are_whole(name):
 
 # -- the command --
 
+@pytest.mark.slow
 def test_reproduce_from_the_shell(tmp_path, run_cmd):
     args = ["table1", "--rows", "r1", "--seeds", "1", "--recipe", "fast", "--epochs", "1", "--limit", "32", "--dataset", "glyphs", "--no_cuda", "--threads", "1"]
     p = run_cmd("capsule_reproduce", *args, cwd=tmp_path)
@@ -263,6 +264,7 @@ def mnist_test():
     except DataUnavailable as e: pytest.skip(str(e))
 
 
+@pytest.mark.slow
 def test_accuracy_on_all_of_mnists_test_set(mnist_test):
     e = evaluate(CapsNet.from_pretrained("mnist"), mnist_test)
     assert (e.n, e.n_errors) == (10_000, pytest.approx(pretrained_record("mnist")["n_errors_fp16"], abs=2))   # another machine rounds otherwise

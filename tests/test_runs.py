@@ -1,16 +1,20 @@
 "Run folders: what is written comes back exactly, or is refused in one line that names the file."
-import json, os, pickle, struct, subprocess, sys
+import json, os, pickle, shutil, struct, subprocess, sys, time
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest, torch
+from torch import nn
 from safetensors.torch import load_file, save_file
 
-from capsule_routing import runs
-from capsule_routing.capsnet import CapsConfig, CapsNet
-from capsule_routing.runs import (BEST, CONFIG, HISTORY, LAST, LOCK, RunLocked, digest, load_run, lock_run, read_checkpoint, read_json,
-                                  save_run, write_atomic, write_tensors)
+from capsule_routing import registry, runs
+from capsule_routing.capsnet import CapsNet, caps_config
+from capsule_routing.settings import TrainConfig
+from capsule_routing.runs import (BEST, CONFIG, HISTORY, LAST, LOCK, SUMS, Checkpoint, RunLocked, check_rebuilds, digest, load_run, lock_run, pack_optimizer,
+                                  read_checkpoint, read_json, save_run, unpack_optimizer, write_atomic, write_checkpoint, write_tensors)
 
-TINY = CapsConfig(height=20, width=20, conv_channels=4, n_types=2, d_primary=4, d_class=4, decoder=(8,))
+TINY = caps_config(height=20, width=20, conv_channels=4, n_types=2, d_primary=4, d_class=4, decoder=(8,))
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -75,8 +79,8 @@ def test_history_json_is_a_copy_for_people(run, text):
     assert load_run(path).history == [dict(epoch=1, test_accuracy=0.5)]
 
 
-@pytest.mark.parametrize("config, history, word", [(dict(data="mnist"), [], "config.data must be an object, got 'mnist'"), (dict(training=[1]), [], "config.training must"),
-                                                   ({}, [dict(epoch=1, test_n=0)], r"history\[0\].test_n must be a whole number, 1 or more, got 0"), ({}, [7], r"history must be a list of objects, got \[7\]"),
+@pytest.mark.parametrize("config, history, word", [(dict(data="mnist"), [], "config.data='mnist': must be an object"), (dict(training=[1]), [], "config.training=.*must be an object"),
+                                                   ({}, [dict(epoch=1, test_n=0)], r"history\[0\].test_n=0: must be at least 1"), ({}, [7], r"history\[0\]=7: must be an object"),
                                                    (dict(note=10**400), [], "not finite")])
 def test_what_could_not_be_loaded_is_not_saved(tmp_path, config, history, word):
     with pytest.raises(ValueError, match=word): save_run(tmp_path/"new", CapsNet(TINY), config, history)
@@ -93,11 +97,20 @@ def test_a_header_too_long_to_be_read_is_not_written(run):
     assert (path/LAST).read_bytes() == was
 
 
-def test_a_history_of_nine_thousand_epochs_fits(run):
+def test_a_history_of_as_many_epochs_as_are_allowed_fits(run):
+    "Written, and read back within a second and a half; 20,000 epochs in less than one"
+    assert TrainConfig(epochs=runs.MAX_EPOCHS) and runs.MAX_EPOCHS >= 20_000
+    with pytest.raises(ValueError, match="epochs=30001: must be at most 30000"): TrainConfig(epochs=runs.MAX_EPOCHS + 1)
     path, net = run
     row = json.loads((ROOT/"capsule_routing"/"weights"/"mnist.json").read_text())["runs"][0]["history"][-1]
-    write_tensors(path/LAST, net.state_dict(), dict(file=LAST, config=read_json(path/CONFIG), history=[{**row, "epoch": i+1} for i in range(9000)]))
-    assert len(load_run(path).history) == 9000
+    for n, limit in ((20_000, 1.), (runs.MAX_EPOCHS, 1.5)):
+        write_tensors(path/LAST, net.state_dict(), dict(file=LAST, config=read_json(path/CONFIG), history=[{**row, "epoch": i+1} for i in range(n)]))
+        took = []
+        for _ in range(3):
+            t0 = time.process_time()
+            assert len(load_run(path).history) == n
+            took.append(time.process_time() - t0)
+        assert min(took) < limit, took
 
 
 @pytest.mark.parametrize("name", [CONFIG, LAST])
@@ -111,7 +124,7 @@ def test_missing_folder(tmp_path): refused(tmp_path/"nowhere", "nowhere", "no su
 
 
 def test_unknown_weights(run):
-    with pytest.raises(ValueError, match="'newest'.*'last' or 'best'"): load_run(run[0], "newest")
+    with pytest.raises(ValueError, match="weights='newest': must be one of last, best"): load_run(run[0], "newest")
 
 
 @pytest.mark.parametrize("name", [CONFIG, LAST])
@@ -169,7 +182,7 @@ def change_header(file, f):
 @pytest.mark.parametrize("shape", [[2**40, 2**40], [10**9]*4, [-1], ["a"], None, [1.5], [True], [], [2**200], {}, [2**47]*50_000, [1]*50_000], ids=lambda s: str(s)[:20])
 def test_lying_shapes(run, shape):
     path, _ = run
-    change_header(path/LAST, lambda h: h["conv1.weight"].update(shape=shape))
+    change_header(path/LAST, lambda h: h["trunk.weight"].update(shape=shape))
     refused(path, LAST)
 
 
@@ -178,7 +191,7 @@ def test_lying_types_and_offsets(run):
     raw = (path/LAST).read_bytes()
     for key, v in (("dtype", "F64"), ("dtype", "X"), ("dtype", 3), ("data_offsets", [0, 2**60]), ("data_offsets", [-5, 3]), ("data_offsets", None)):
         (path/LAST).write_bytes(raw)
-        change_header(path/LAST, lambda h: h["conv1.weight"].update({key: v}))
+        change_header(path/LAST, lambda h: h["trunk.weight"].update({key: v}))
         refused(path, LAST)
 
 
@@ -187,7 +200,7 @@ def test_names_of_another_network(run):
     config = read_json(path/CONFIG)
     w = dict(net.state_dict())
     for change in (lambda w: w.pop("digit.W"), lambda w: w.update(extra=torch.zeros(3)), lambda w: w.update({"digit.W": torch.zeros(2, 2)}),
-                   lambda w: w.update({"digit.W": w["digit.W"].double()}), lambda w: w.update({"digit.W": w["digit.W"]*float("nan")})):
+                   lambda w: w.update({"digit.W": w["digit.W"]*float("nan")})):
         v = dict(w); change(v)
         write_tensors(path/LAST, v, dict(file=LAST, config=config, history=[]))
         refused(path, LAST)
@@ -218,7 +231,7 @@ def test_config_of_another_network(run):
     refused(path, CONFIG, "another network")
 
 
-@pytest.mark.parametrize("change", [dict(n_classes=10**9), dict(conv_channels=10**12), dict(conv_channels=2**62), dict(height=10**9, width=10**9),
+@pytest.mark.parametrize("change", [dict(n_classes=10**9), dict(trunk_options=dict(channels=10**12)), dict(trunk_options=dict(channels=2**62)), dict(trunk="mine"), dict(kind="mine"), dict(height=10**9, width=10**9),
                                     dict(decoder=[8]*10**5), dict(decoder=[10**9]*50), dict(kernel=0), dict(n_types=-1), dict(nonsense=1), dict(d_class="x"),
                                     dict(n_classes=None), dict(n_classes=1e9), dict(kernel=True), dict(decoder={})], ids=lambda d: str(d)[:30])
 def test_absurd_networks_are_refused_without_building_them(run, change):
@@ -243,8 +256,8 @@ def test_weights_alone_are_no_training_state(run):
 
 def test_not_finite_is_not_saved(run, tmp_path):
     net = CapsNet(TINY)
-    with torch.no_grad(): net.conv1.bias[0] = float("inf")
-    with pytest.raises(ValueError, match="conv1.bias.*NaN or infinity"): save_run(tmp_path/"bad", net)
+    with torch.no_grad(): net.trunk.bias[0] = float("inf")
+    with pytest.raises(ValueError, match="trunk.bias.*NaN or infinity"): save_run(tmp_path/"bad", net)
     assert not (tmp_path/"bad").exists()
 
 
@@ -294,6 +307,33 @@ def test_lock_is_free_after_an_error(tmp_path):
     with lock_run(tmp_path): pass
 
 
+@pytest.mark.parametrize("how", ["folder", "lock", "replaced"])
+def test_nothing_is_written_without_the_lock_that_lies_there(tmp_path, how):
+    "After `rm -rf RUN`, or of the lock file alone, a second run holds the folder: the first one writes no file of it"
+    path, net = tmp_path/"run", CapsNet(TINY)
+    ck = Checkpoint(net.state_dict(), {}, torch.zeros(0).double(), dict(step=0, history=[], config={}))
+    path.mkdir()
+    with lock_run(path) as first:
+        write_checkpoint(path, ck, True, first)
+        if how == "folder": shutil.rmtree(path); path.mkdir()
+        else: (path/LOCK).unlink()
+        if how == "replaced": (path/LOCK).write_text("")
+        with lock_run(path) as second:
+            write_atomic(path/LAST, b"of the second", second)
+            for write in (lambda: write_checkpoint(path, ck, True, first), lambda: write_atomic(path/HISTORY, b"", first)):
+                was = {p.name: p.read_bytes() for p in path.iterdir()}
+                with pytest.raises(RunLocked, match="removed or replaced"): write()
+                assert was == {p.name: p.read_bytes() for p in path.iterdir()}
+
+
+def test_a_lock_that_is_a_link_is_refused_and_its_target_stays(tmp_path):
+    (tmp_path/"victim").write_bytes(b"precious")
+    (tmp_path/LOCK).symlink_to(tmp_path/"victim")
+    with pytest.raises(ValueError, match="[.]lock: cannot be locked"):
+        with lock_run(tmp_path): pass
+    assert (tmp_path/"victim").read_bytes() == b"precious"
+
+
 @pytest.mark.parametrize("size", [2**31, 2**40])
 def test_giant_sparse_file(run, size):
     "A file that claims to be huge costs nothing to refuse"
@@ -310,7 +350,7 @@ MUTATE = r"""
 import json, random, resource, shutil, sys
 from pathlib import Path
 from capsule_routing.runs import *
-from capsule_routing import runs
+from capsule_routing import registry, runs
 src, dst, seed, n = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 r = random.Random(seed)
 names = [runs.CONFIG, runs.HISTORY, runs.LAST, runs.BEST]
@@ -354,6 +394,7 @@ print(json.dumps(dict(refused=refused, loaded=loaded)))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs RLIMIT_AS and /proc")
 def test_six_hundred_mutations(tmp_path):
     "Refused, or the very same weights; no crash, no hang, no large allocation"
@@ -364,3 +405,214 @@ def test_six_hundred_mutations(tmp_path):
     assert p.returncode == 0, p.stdout + p.stderr
     n = json.loads(p.stdout)
     assert n["refused"] + n["loaded"] == 1200 and n["refused"] > 300 and n["loaded"] > 300
+
+
+# Networks of others
+
+@pytest.fixture
+def own():
+    "`own(make)`: the config of a TINY network whose trunk `make(channels_in)` gives, registered for the length of a test"
+    def config(make):
+        registry.trunk["own"] = make
+        return caps_config(height=20, width=20, trunk="own", n_types=2, d_primary=4, d_class=4, decoder=(8,))
+    yield config
+    registry.trunk.pop("own", None)
+
+
+class Tied(nn.Module):
+    "Two convolutions that share a kernel, and a count of steps"
+    def __init__(self, c):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(c, 1, 3), nn.Conv2d(1, 1, 3)
+        self.b.weight = self.a.weight
+        self.register_buffer("count", torch.tensor(3))
+    def forward(self, x): return self.b(self.a(x))
+
+def normed(c): return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(c, 4, 9)), nn.BatchNorm2d(4), nn.ReLU())
+
+
+@pytest.mark.parametrize("make", [Tied, normed])
+def test_whatever_state_dict_says_is_saved(own, tmp_path, make):
+    "Tied weights, buffers of whole numbers, parametrizations: exactly as they were"
+    net = CapsNet(own(make))
+    with torch.no_grad():
+        for t in net.state_dict().values(): t.add_(1)
+    check_rebuilds(net)
+    back = load_run(save_run(tmp_path/"run", net)).net
+    assert make is normed or back.trunk.a.weight is back.trunk.b.weight
+    assert digest(back.state_dict()) == digest(net.state_dict())
+    assert {t.dtype for t in back.state_dict().values()} == {torch.float32, torch.int64}
+
+
+def other(change):
+    "A TINY network that is not what its config says"
+    net = CapsNet(TINY)
+    return change(net) or net
+
+class Mine(type(CapsNet(TINY).digit)): pass
+def mine(net): net.digit = Mine(*net.digit.sizes)
+def subclass(net): net.__class__ = type("CapsNet", (CapsNet,), {})
+
+
+@pytest.mark.parametrize("change, word", [
+    (lambda net: setattr(net.digit, "n_iters", 5), "digit is"), (lambda net: setattr(net.digit, "stop_grad", True), "digit is"), (mine, "test_runs.Mine"),
+    (lambda net: setattr(net.digit, "more", nn.Parameter(torch.zeros(3))), "digit.more is"), (lambda net: net.half(), "torch.float16"), (subclass, "the network is"),
+    (lambda net: setattr(net, "trunk", nn.Sequential(net.trunk)), "trunk is"), (lambda net: net.register_buffer("x", torch.zeros(1)), "x is"),
+    (lambda net: setattr(net.decoder, "layers", nn.Identity()), "decoder"), (lambda net: setattr(net, "cfg", None), "makes no network")], ids=str)
+def test_what_the_config_would_not_rebuild_is_refused(tmp_path, change, word):
+    "In one line that names the first difference; nothing is written"
+    net = CapsNet(TINY)
+    change(net)
+    for f in (check_rebuilds, partial(save_run, tmp_path/"run")):
+        with pytest.raises(ValueError, match="register your layers") as e: f(net)
+        assert word in str(e.value) and "\n" not in str(e.value) and len(str(e.value)) < 1000, e.value
+    assert not (tmp_path/"run").exists()
+
+
+def test_frozen_or_moved_it_is_still_what_its_config_builds():
+    net = CapsNet(TINY).eval()
+    for p in net.trunk.parameters(): p.requires_grad_(False)
+    check_rebuilds(net)
+
+
+def test_a_name_that_nobody_registered(own, tmp_path):
+    "One line with the file and what to do"
+    path = save_run(tmp_path/"run", CapsNet(own(Tied)))
+    registry.trunk.pop("own")
+    refused(path, LAST, "trunk='own': is not registered", "import the module that registers it")
+
+
+def test_loading_draws_no_random_numbers(run):
+    torch.manual_seed(3)
+    want = torch.rand(2)
+    torch.manual_seed(3)
+    load_run(run[0])
+    assert torch.equal(torch.rand(2), want)
+
+
+# What optimizers remember
+
+class Counting(torch.optim.Optimizer):
+    "Remembers a whole number, a list of no tensor, a text and a matrix of another shape"
+    def __init__(self, params, lr=0.1): super().__init__(params, dict(lr=lr, beats=0))
+    def step(self):
+        for g in self.param_groups:
+            g["beats"] += 1
+            for p in g["params"]:
+                if p.grad is None: continue
+                s = self.state[p]
+                s["count"] = s.get("count", torch.zeros((), dtype=torch.int64)) + 1
+                s["seen"] = s.get("seen", torch.zeros_like(p, dtype=torch.int64)) + 1
+                s["rows"] = s.get("rows", torch.zeros(len(p))) + p.grad.flatten(1).sum(1) if p.ndim > 1 else torch.zeros(1)
+                s["n"], s["name"] = s.get("n", 0) + 1, "x"
+                p.data -= g["lr"]*(p.grad + s["rows"].sum() + s["count"] + g["beats"] + s["n"])*s["seen"].sqrt()
+
+OPTIMIZERS = dict(adam=torch.optim.Adam, fused=partial(torch.optim.Adam, fused=True), adamw=partial(torch.optim.AdamW, amsgrad=True), own=Counting,
+                  sgd=partial(torch.optim.SGD, lr=0.1, momentum=0.9), rmsprop=partial(torch.optim.RMSprop, centered=True, momentum=0.5), adagrad=torch.optim.Adagrad,
+                  lion=partial(torch.optim.NAdam, foreach=True), groups=lambda ps: torch.optim.Adam([dict(params=ps[:3], lr=0.01), dict(params=ps[3:], weight_decay=0.1)]))
+
+def steps(net, opt, first, last):
+    for step in range(first, last):
+        g = torch.Generator().manual_seed(step)
+        for p in net.parameters():
+            if p.requires_grad: p.grad = torch.empty_like(p).copy_(torch.randn(p.shape, generator=g))   # lies as autograd lays it
+        opt.step()
+
+def make(kind, frozen):
+    torch.manual_seed(0)
+    net = CapsNet(TINY)
+    if frozen: net.trunk.requires_grad_(False)
+    return net, OPTIMIZERS[kind]([p for p in net.parameters() if p.requires_grad] if frozen != "held" else list(net.parameters()))
+
+def state(net, opt, path):
+    "A run folder with these as its checkpoint"
+    tensors, meta = pack_optimizer(net, opt)
+    save_run(path, net, dict(training=dict(batch_size=4), data=dict(n_train=40)))
+    m = dict(epoch=1, step=3, global_step=3, seconds=0., sessions=[], history=[], config=read_json(path/CONFIG), optimizer=meta)
+    write_checkpoint(path, Checkpoint(net.state_dict(), tensors, torch.tensor([0., 12.]).double(), m))
+
+
+@pytest.mark.parametrize("frozen", [False, True, "held"])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_an_optimizer_goes_on_as_if_it_had_not_stopped(tmp_path, kind, frozen):
+    "Through a file: equal to the last bit, types and memory layouts too; frozen weights have nothing to remember"
+    net, opt = make(kind, frozen)
+    steps(net, opt, 0, 3)
+    state(net, opt, tmp_path/"run")
+    ck, (again, fresh) = read_checkpoint(tmp_path/"run"), make(kind, frozen)
+    again.load_state_dict(ck.weights)
+    unpack_optimizer(again, fresh, ck.moments, ck.meta["optimizer"], 3)
+    for p, q in zip(net.parameters(), again.parameters()):
+        a, b = opt.state.get(p, {}), fresh.state.get(q, {})
+        assert {k: (v.dtype, v.stride()) if torch.is_tensor(v) else v for k, v in a.items()} == {k: (v.dtype, v.stride()) if torch.is_tensor(v) else v for k, v in b.items()}
+    steps(net, opt, 3, 6), steps(again, fresh, 3, 6)
+    assert digest(again.state_dict()) == digest(net.state_dict())
+    if kind != "adagrad": assert any("trunk" in k for k in ck.moments) != bool(frozen)
+
+
+def test_an_optimizer_that_cannot_be_kept(tmp_path):
+    net = CapsNet(TINY)
+    with pytest.raises(ValueError, match="optimizer='Adam': moves a parameter that the network lacks"): pack_optimizer(net, torch.optim.Adam([nn.Parameter(torch.zeros(2))]))
+    opt = Counting(net.parameters())
+    opt.state[net.digit.W]["odd"] = object()
+    with pytest.raises(ValueError, match="optimizer='Counting': cannot be kept in a run folder"): pack_optimizer(net, opt)
+
+
+def test_more_than_is_read_back_is_not_written(tmp_path):
+    "An optimizer that remembers a hundred times the weights: refused when it is written, not when it is read"
+    net, opt = make("own", False)
+    steps(net, opt, 0, 1)
+    for p in net.parameters(): opt.state[p]["much"] = torch.zeros(100, p.numel())
+    with pytest.raises(ValueError, match="last.safetensors: not written: more than 62 times its weights"): state(net, opt, tmp_path/"run")
+    load_run(tmp_path/"run")
+
+
+def test_another_optimizer_or_other_weights_do_not_go_on():
+    net, opt = make("adam", False)
+    steps(net, opt, 0, 1)
+    tensors, meta = pack_optimizer(net, opt)
+    for kind, frozen in (("sgd", False), ("adam", True), ("own", False)):
+        with pytest.raises(ValueError, match="last.safetensors: its optimizer does not fit"): unpack_optimizer(*make(kind, frozen), tensors, meta, 1)
+    for odd in (dict(groups=[]), dict(names=5), dict(state=[["x", "y", 1]]), dict(state=5), {"groups": [5]}):
+        with pytest.raises(ValueError, match="its optimizer does not fit"): unpack_optimizer(*make("adam", False), tensors, {**meta, **odd}, 1)
+    with pytest.raises(ValueError, match="its optimizer does not fit"): unpack_optimizer(*make("adam", False), {"optim.exp_avg.nowhere": torch.zeros(1)}, meta, 1)
+
+
+def test_a_folder_of_format_1(tmp_path):
+    "Names of before version 0.2, Adam's moments alone: loaded, and gone on with at the step of the run"
+    net, opt = make("adam", False)
+    steps(net, opt, 0, 3)
+    path = tmp_path/"run"
+    old = lambda k: k.replace("trunk.", "conv1.")
+    sizes = dict(channels=1, height=20, width=20, n_classes=10, conv_channels=4, kernel=9, n_types=2, d_primary=4, d_class=4, n_iters=3, decoder=[8], stop_grad=False)
+    config = dict(format=1, run="x", network=sizes, training=dict(batch_size=4), data=dict(n_train=40))
+    meta = dict(file=LAST, epoch=1, step=3, global_step=3, seconds=0., sessions=[], history=[], config=config)
+    tensors = {old(k): t for k, t in net.state_dict().items()} | {SUMS: torch.tensor([0., 0., 0., 12.]).double()}
+    path.mkdir()
+    write_tensors(path/LAST, tensors | {old(k): t for k, t in pack_optimizer(net, opt)[0].items() if ".step." not in k}, meta)
+    (path/CONFIG).write_text(json.dumps(config))
+    assert digest(load_run(path).net.state_dict()) == digest(net.state_dict())
+    ck, (again, fresh) = read_checkpoint(path), make("adam", False)
+    again.load_state_dict(ck.weights)
+    unpack_optimizer(again, fresh, ck.moments, ck.meta.get("optimizer"), 3)
+    steps(net, opt, 3, 6), steps(again, fresh, 3, 6)
+    assert digest(again.state_dict()) == digest(net.state_dict())
+
+
+# The Hub
+
+@pytest.mark.skipif(find_spec("huggingface_hub") is None, reason="huggingface_hub is not installed")
+def test_to_a_folder_for_the_hub_and_back(run, tmp_path):
+    from capsule_routing.hub import FILE, from_hub, to_hub
+    to_hub(run[1], tmp_path/"shared")
+    assert digest(from_hub(tmp_path/"shared").state_dict()) == digest(run[1].state_dict())
+    (tmp_path/"shared"/FILE).write_bytes(b"x"*99)
+    with pytest.raises(ValueError, match=FILE): from_hub(tmp_path/"shared")
+
+
+def test_no_hub_without_its_package(run, tmp_path, monkeypatch):
+    from capsule_routing.hub import from_hub, to_hub
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    for f in (lambda: to_hub(run[1], tmp_path/"shared"), lambda: from_hub("some/where")):
+        with pytest.raises(ImportError, match="pip install huggingface_hub"): f()
+    assert not (tmp_path/"shared").exists()

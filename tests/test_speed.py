@@ -1,12 +1,15 @@
 "What the fast paths promise: the same numbers, and sizes of allocations. No clock is looked at."
 import json, math
 
+from io import BytesIO
+from pathlib import Path
+
 import pytest, torch
 import torch.nn.functional as F
 
 from capsule_routing.capsnet import CapsConfig, CapsNet
 from capsule_routing.training import new_net
-from capsule_routing.factored import route_factored
+from capsule_routing.factored import has_bf16, route_factored
 from capsule_routing.fourier import FourierConv2d, conv_plan, fourier_conv2d
 from capsule_routing.layers import RoutedCaps
 from capsule_routing.routing import route, votes
@@ -98,6 +101,131 @@ def test_every_stage_is_the_same_function():
         net.load_state_dict(first.state_dict())
         assert distance(net(x).lengths.detach(), first(x).lengths.detach()) < 1e-5, stage
 
+# --- in bfloat16, under autocast on a CPU: emulated where there are no instructions, with the same numbers
+
+def in_bf16(f, inputs):
+    "Relative distances of values and gradients, `f` under autocast against `f` in 32 bits"
+    with torch.autocast("cpu", torch.bfloat16): a = f(*inputs)
+    b = f(*inputs)
+    g = torch.randn(b.shape, generator=torch.Generator().manual_seed(1))
+    return [distance(a.float(), b)] + [distance(p, q) for p, q in zip(torch.autograd.grad(a, inputs, g.to(a.dtype)), torch.autograd.grad(b, inputs, g))]
+
+@pytest.mark.parametrize("sizes", ((2, 12, 3, 4, 5), (3, 200, 10, 8, 16), (16, 1152, 10, 8, 16)))
+def test_routing_in_bf16_is_near(sizes):
+    for n in (1, 3): assert 1e-4 < max(in_bf16(lambda u, W: route_factored(u, W, n), inputs(*sizes))) < 0.015
+
+def test_routing_in_bf16_gives_32_bits_and_keeps_64():
+    u, W = inputs(2, 12, 3, 4, 5)
+    with torch.autocast("cpu", torch.bfloat16): v, long = route_factored(u, W), route_factored(u.double(), W.double())
+    assert v.dtype == torch.float32 and all(g.dtype == torch.float32 for g in torch.autograd.grad(v.sum(), (u, W)))
+    assert torch.equal(long, route_factored(u.double(), W.double()))
+
+@pytest.mark.parametrize("shape,o,k,s", (((2, 3, 13, 13), 4, 5, 2), ((3, 8, 30, 17), 6, 5, 3), ((8, 256, 20, 20), 256, 9, 2)))
+def test_convolution_in_bf16_is_near(shape, o, k, s):
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(shape, generator=g).relu().requires_grad_(), torch.randn(o, shape[1], k, k, generator=g).requires_grad_()
+    b = torch.randn(o, generator=g).requires_grad_()
+    assert 1e-4 < max(in_bf16(lambda x, w, b: fourier_conv2d(x, w, b, s), (x, w, b))) < 0.015
+
+def test_what_bf16_hands_on():
+    "The convolution's results are half precision, as autocast's own are; gradients have the precision of what they belong to"
+    x, w = torch.rand(2, 3, 9, 9).bfloat16().requires_grad_(), torch.rand(4, 3, 5, 5, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16): y = fourier_conv2d(x, w, torch.zeros(4), 2)
+    gx, gw = torch.autograd.grad(y.float().sum(), (x, w))
+    assert (y.dtype, gx.dtype, gw.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+
+def test_has_bf16_knows_the_processor():
+    assert isinstance(has_bf16(), bool)
+    if Path("/proc/cpuinfo").exists(): assert has_bf16() == bool({"avx512_bf16", "amx_bf16"} & set(Path("/proc/cpuinfo").read_text().split()))
+
+# --- second derivatives, transforms, exports
+
+SECOND = dict(routing=(route_factored, lambda u, W: route(votes(u, W)), lambda dt: inputs(2, 5, 3, 2, 3, dt)),
+              stopped=(lambda u, W: route_factored(u, W, 3, True), lambda u, W: route(votes(u, W), 3, True), lambda dt: inputs(2, 5, 3, 2, 3, dt)),
+              convolution=(lambda x, w: fourier_conv2d(x, w, stride=2), lambda x, w: F.conv2d(x, w, stride=2),
+                           lambda dt: tuple(torch.randn(s, dtype=dt, generator=torch.Generator().manual_seed(3)).requires_grad_() for s in ((2, 2, 7, 8), (3, 2, 5, 5)))))
+second = pytest.mark.parametrize("ours,plain,make", SECOND.values(), ids=SECOND)
+
+@second
+def test_second_derivatives_by_finite_differences(ours, plain, make):
+    if ours is not SECOND["stopped"][0]: assert torch.autograd.gradgradcheck(ours, make(torch.float64))
+
+@second
+@pytest.mark.parametrize("wrt", ((0,), (1,), (0, 1)))
+def test_a_gradient_penalty_is_the_plain_networks(ours, plain, make, wrt):
+    "The squared norm of some of the gradients, and its own gradients by both inputs"
+    ins, res = make(torch.float64), []
+    for f in (ours, plain):
+        y = (f(*ins)**2).sum()
+        penalty = sum((g**2).sum() for g in torch.autograd.grad(y, [ins[k] for k in wrt], create_graph=True))
+        res.append([penalty, *torch.autograd.grad(penalty + y, ins)])
+    for a, b in zip(*res): assert distance(a, b) < 1e-10
+
+def test_a_gradient_penalty_of_the_whole_network():
+    torch.manual_seed(0)
+    cfg = CapsConfig(conv_channels=128, n_types=16, decoder=(16,))
+    ours, plain = staged_net("memory kept", cfg).double(), staged_net("einsum routing", cfg).double()
+    plain.load_state_dict(ours.state_dict())
+    x, res = torch.rand(64, 1, 28, 28).double().requires_grad_(), []
+    assert ours.primary.conv.pays(torch.empty(64, 128, 20, 20).double())
+    for net in (ours, plain):
+        gx, = torch.autograd.grad(net(x).lengths.sum(), x, create_graph=True)
+        res.append(torch.autograd.grad((gx**2).sum(), [p for k, p in net.named_parameters() if not k.startswith("decoder")], allow_unused=True))
+    for a, b in zip(*res): assert a is b is None or distance(a, b) < 1e-9
+
+TRANSFORMS = dict(grad=lambda f: torch.func.grad(lambda a, b: (f(a, b)**2).sum(), (0, 1)), jacrev=torch.func.jacrev, hessian=lambda f: torch.func.hessian(lambda a, b: f(a, b).sum()),
+                  jvp=lambda f: lambda a, b: torch.func.jvp(f, (a, b), (a, b)), vmap=lambda f: torch.func.vmap(lambda a, b: f(a[None], b), (0, None)),
+                  grad_of_each=lambda f: torch.func.vmap(torch.func.grad(lambda a, b: f(a[None], b).sum(), (0, 1)), (0, None)))
+
+@second
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_torch_func(ours, plain, make, transform):
+    ins = [t.detach() for t in make(torch.float64)]
+    a, b = (r if isinstance(r, tuple) else (r,) for r in (transform(f)(*ins) for f in (ours, plain)))
+    for p, q in zip(a, b): assert distance(p, q) < 1e-10
+
+class Small(torch.nn.Module):
+    "A convolution that takes the Fourier domain for 64 images, and a routing"
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.W = FourierConv2d(128, 128, 9, 2), torch.nn.Parameter(torch.randn(576, 3, 8, 4)/10)
+    def forward(self, x): return route_factored(squash(self.conv(x).reshape(-1, 576, 8)), self.W)
+
+def exported(net, x): return torch.export.export(net, (x,), dynamic_shapes=(dict([(0, torch.export.Dim("b"))]),))
+
+def saved_trace(net, x):
+    file = BytesIO()
+    torch.jit.save(torch.jit.trace(net, x, check_trace=False), file)
+    file.seek(0)
+    return torch.jit.load(file)
+
+def saved_export(net, x):
+    file = BytesIO()
+    torch.export.save(exported(net, x), file)
+    file.seek(0)
+    return torch.export.load(file).module()
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("export", (saved_trace, saved_export))
+def test_exports_are_of_pytorchs_own_operations(export):
+    "Saved, loaded, and right for other batches than the one that was traced"
+    net, x = Small().eval(), torch.rand(64, 128, 20, 20, generator=torch.Generator().manual_seed(0))
+    assert net.conv.pays(x)
+    with torch.no_grad():
+        other = export(net, x[:2])
+        for n in (1, 7, 64): assert distance(other(x[:n]), net(x[:n])) < 1e-5
+
+@second
+def test_many_gradients_at_once(ours, plain, make):
+    "`is_grads_batched` runs our backward under vmap"
+    ins, res = make(torch.float64), []
+    for f in (ours, plain):
+        y = f(*ins)
+        g = torch.randn(3, *y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(1))
+        res.append(torch.autograd.grad(y, ins, g, is_grads_batched=True))
+    for a, b in zip(*res): assert distance(a, b) < 1e-10
+
 # --- what is allocated
 
 def test_no_tensor_is_as_large_as_the_votes():
@@ -136,9 +264,10 @@ def test_prediction_goes_in_portions():
 def test_what_pays_is_known_from_the_shapes():
     conv, x = FourierConv2d(256, 256, 9, 2), torch.empty(128, 256, 20, 20)
     assert conv.pays(x) and not conv.pays(x[:1]) and not conv.pays(x.bfloat16()) and not conv.pays(x.to("meta"))
+    with torch.autocast("cpu", torch.bfloat16): assert conv.pays(x) and conv.pays(x.bfloat16()) and not conv.pays(x[:1])
+    with torch.autocast("cpu", torch.float16): assert not conv.pays(x)
     assert not FourierConv2d(1, 256, 9)(torch.zeros(2, 1, 20, 20)).isnan().any()
     assert not FourierConv2d(8, 8, 9, 2).pays(torch.empty(128, 8, 20, 20))
-    with torch.autocast("cpu", torch.bfloat16): assert not conv.pays(x)
 
 def test_the_plan_covers_every_result():
     for n in range(9, 110):

@@ -4,7 +4,7 @@ import json, os, shutil, signal, subprocess, sys, time
 import pytest
 from conftest import ROOT, TINY
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and POSIX signals")
+pytestmark = [pytest.mark.kills, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and POSIX signals")]
 
 # A process that imports everything once, then forks a child for each attempt and kills it. It never computes itself,
 # so that every child starts from the same untouched state, as a fresh process would.
@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 import torch._dynamo                                    # which Adam would import in every child anew
 from capsule_routing import runs, training
-from capsule_routing.capsnet import CapsConfig
+from capsule_routing.capsnet import caps_config
 from capsule_routing.data import ImageData, ImageSet
 from capsule_routing.training import TrainConfig, fit, new_net
 
 top, kills, seed = Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])
 torch.set_num_threads(1)
-NET = CapsConfig(height=20, width=20, n_classes=3, conv_channels=4, n_types=2, d_primary=4, d_class=4, decoder=(8,))
+NET = caps_config(height=20, width=20, n_classes=3, conv_channels=4, n_types=2, d_primary=4, d_class=4, decoder=(8,))
 CFG = TrainConfig(epochs=3, batch_size=8, threads=1, precision="fp32", checkpoint_minutes=None, checkpoint_steps=2)
 FAST = replace(CFG, average=0.9, schedule="one_cycle")  # as the recipe fast: averaged weights beside the trained ones
 KINDS = dict(plain=CFG, averaged=FAST, threads=replace(FAST, threads=2))

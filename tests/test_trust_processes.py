@@ -11,7 +11,7 @@ from capsule_routing.data import ImageData
 from capsule_routing.runs import HISTORY, load_run, read_checkpoint, read_json
 from capsule_routing.training import TrainConfig, fit, new_net
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available() or os.name == "nt", reason="needs torch.distributed with gloo")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not torch.distributed.is_available() or os.name == "nt", reason="needs torch.distributed with gloo")]
 
 CFG = TrainConfig(epochs=4, batch_size=8, test_batch_size=4, threads=1, precision="fp32", checkpoint_minutes=None)   # 4 x 5 = 20 steps, the last of one image
 
