@@ -163,10 +163,10 @@ class CapsuleExplorer(Shown):
         self.which = ipywidgets.Dropdown(options=[str(k+1) for k in range(s["images"])], description="image")
         self.view = CapsuleView(sliders=self.sliders, labels=self.labels, choices=[self.kind, self.which], **s,
                                 _esm=explorer_file("decode.js", "widget.js"), _css=explorer_file("widget.css"))
-        says = ipywidgets.Label("What 0.1 more of a dimension does, on average over the class:").add_class("capsule-head")
+        says = ipywidgets.Label("What 0.1 more of a dimension does, on average over the class:")
         rows = [ipywidgets.HBox(row).add_class("capsule-row") for row in zip(self.sliders, self.labels)]
         left = ipywidgets.VBox([self.view, self.kind, self.which]).add_class("capsule-left")
-        super().__init__([left, ipywidgets.VBox([says, *rows]).add_class("capsule-rows")])
+        super().__init__([left, ipywidgets.VBox([says.add_class("capsule-head"), *rows]).add_class("capsule-rows")])
         self.add_class("capsule-explorer").kind.observe(self._say, "index")
 
 # %% ../nbs/12_explore.ipynb #explorer-page
