@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .checks import BadValue, class_indices, number, one_of, shown, whole
+from .checks import BadValue, class_indices, one_of, shown, whole
 from .downloads import NAMED, DataUnavailable, default_data_dir, load_named
 from .glyphs import make_glyphs
 

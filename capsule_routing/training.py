@@ -32,8 +32,8 @@ from .callbacks import (Average, CheckpointFailed, Checkpoints, CSVLog, Interrup
                                        Signals, Step, StopAt, TrainingDiverged, Watch)
 
 _all_ = ["TrainConfig", "RECIPES", "lr_at", "resume_config", "evaluate", "pick_device", "pick_precision",
-         "pick_compile", "processes", "device_name", "peak_memory", "Interrupted", "TrainingDiverged", "CheckpointFailed",
-         "PeerLost", "Step"]
+         "pick_compile", "processes", "device_name", "peak_memory", "Interrupted", "TrainingDiverged",
+         "CheckpointFailed", "PeerLost", "Step"]
 
 # %% ../nbs/10_training.ipynb #new-net
 def new_net(
