@@ -71,7 +71,8 @@ def result(kind, path):
     best = runs.read_tensors(path/runs.BEST)[0]
     rows = [{k: v for k, v in row.items() if "second" not in k} for row in meta["history"]]
     assert [{k: v for k, v in row.items() if "second" not in k} for row in runs.read_json(path/runs.HISTORY, list)] == rows
-    left = {p.name for p in path.iterdir()} - {runs.CONFIG, runs.HISTORY, runs.LAST, runs.BEST, runs.LOCK}
+    assert len((path/"history.csv").read_text().splitlines()) == 1 + len(rows)
+    left = {p.name for p in path.iterdir()} - {runs.CONFIG, runs.HISTORY, "history.csv", runs.LAST, runs.BEST, runs.LOCK}
     assert not left, left
     return runs.digest(tensors, json.dumps(rows)), runs.digest(best)
 
@@ -124,7 +125,7 @@ print(json.dumps(dict(stats, kills=done)))
 """
 
 
-def test_killed_thirty_times(tmp_path):
+def test_killed_at_forty_points(tmp_path):
     "SIGKILL at random steps, around every sync and rename, and with half a checkpoint on disk: the same weights, averages, moments and history"
     kills = dict(plain=12, averaged=20, threads=8)
     p = subprocess.run([sys.executable, "-c", NURSERY, str(tmp_path), json.dumps(kills), "1"], cwd=ROOT, capture_output=True, text=True, timeout=280,
