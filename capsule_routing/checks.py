@@ -83,7 +83,8 @@ def can_look(x:"Tensor") -> bool:
 def class_indices(field:str, which, b:int, n:int) -> "Tensor":
     "`which`, `b` class indices from 0 to `n-1`."
     import torch
-    if not isinstance(which, torch.Tensor): raise BadValue(field, which, f"must be a tensor, got {type(which).__name__}")
+    if not isinstance(which, torch.Tensor):
+        raise BadValue(field, which, f"must be a tensor, got {type(which).__name__}")
     if which.is_floating_point() or which.is_complex() or which.dtype == torch.bool:
         raise BadValue(field, which, "must be integers, indices of classes")
     if which.shape != (b,): raise BadValue(field, which, f"must have shape ({b},)")

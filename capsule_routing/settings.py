@@ -26,7 +26,7 @@ class TrainConfig:
     schedule:str="paper"      # How the rate changes; paper multiplies it by 0.96 every --decay-steps
     decay_steps:int=2000      # Steps for the schedule paper
     warmup:int=0              # Steps over which the rate first rises; 50 help images above 28x28
-    average:float=0.          # Decay, per step, of averaged weights, the network then; 0 for none, 0.998 in the recipe fast
+    average:float=0.          # Decay of averaged weights, for each step; 0 for none, 0.998 in the recipe fast
     stop_at:Optional[float]=None # Stop at this test accuracy, a share: to compare networks, never for a headline
     shift:int=2               # Largest random shift of a training image, in pixels
     recon_weight:float=0.0005 # Weight of the reconstruction loss, a sum of squares
@@ -34,7 +34,7 @@ class TrainConfig:
     precision:str="auto"      # Arithmetic of the network; auto is bf16 on a GPU that has it, else fp32
     deterministic:bool=False  # The same weights again on a GPU too (the CPU needs no flag)
     threads:Optional[int]=None # CPU threads; without it torch's number, which is recorded
-    compile:str="off"         # on passes the network through torch.compile, on a GPU with CUDA graphs; pays in long runs
+    compile:str="off"         # on is torch.compile, on a GPU with CUDA graphs; pays in long runs
     log_interval:int=10       # Steps between two looks at the loss
     checkpoint_minutes:Optional[float]=10. # Minutes between checkpoints within an epoch
     checkpoint_steps:Optional[int]=None    # Steps between checkpoints, beside the minutes
@@ -66,7 +66,7 @@ def lr_at(
     return rise*cfg.lr*(t/0.2 if t < 0.2 else (1 + math.cos(math.pi*min(1., (t - 0.2)/0.8)))/2)
 
 # %% ../nbs/09c_settings.ipynb #recipes
-RECIPES = dict(paper={}, fast=dict(epochs=12, lr=2e-3, schedule="one_cycle", average=0.998))
+RECIPES:dict = dict(paper={}, fast=dict(epochs=12, lr=2e-3, schedule="one_cycle", average=0.998))
 
 # %% ../nbs/09c_settings.ipynb #resume-config
 FREE = ("epochs", "test_batch_size", "log_interval", "checkpoint_minutes", "checkpoint_steps", "threads")

@@ -15,7 +15,9 @@ def entries(contents):
 def test_sidebar_names_each_notebook_once():
     names = list(entries(site['website']['sidebar']['contents']))
     assert sorted(names)==[p.name for p in notebooks]
-    assert names[0]=='index.ipynb' and names[1:]==sorted(names[1:])
+    assert names[:2]==['index.ipynb', '00_sixty_lines.ipynb']
+    lesson = next(o['contents'] for o in site['website']['sidebar']['contents'] if isinstance(o, dict) and o['section']=='The lesson')
+    assert len(lesson)==8 and lesson==sorted(lesson)
 
 def test_settings_that_the_pages_need():
     html = site['format']['html']

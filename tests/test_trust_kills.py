@@ -125,7 +125,7 @@ print(json.dumps(dict(stats, kills=done)))
 """
 
 
-def test_killed_thirty_times(tmp_path):
+def test_killed_at_forty_points(tmp_path):
     "SIGKILL at random steps, around every sync and rename, and with half a checkpoint on disk: the same weights, averages, moments and history"
     kills = dict(plain=12, averaged=20, threads=8)
     p = subprocess.run([sys.executable, "-c", NURSERY, str(tmp_path), json.dumps(kills), "1"], cwd=ROOT, capture_output=True, text=True, timeout=280,
