@@ -22,6 +22,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+
+# %% ../nbs/16_speed.ipynb #imports-own
 from . import __version__
 from .checks import one_of, whole
 from .registry import routing
