@@ -4,99 +4,82 @@
 
 # %% auto #0
 __all__ = ['MARGIN', 'PLACE_SEED', 'AFFINE_SEED', 'RANGES', 'AFFINE_CAPSNET', 'AFFINE_BASELINE', 'padded_set', 'placed_set',
-           'affine_factors', 'affine_matrix', 'warp', 'room', 'affine_images', 'affine_set', 'placed_data', 'table']
+           'affine_factors', 'affine_matrix', 'warp', 'room', 'affine_images', 'affine_set', 'placed_data',
+           'affine_table']
 
 # %% ../nbs/15_affine.ipynb #imports
 import math
-
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
+from .checks import BadValue, whole
+from .registry import table
 from .baselines import BaselineConfig
 from .capsnet import CapsConfig
-from .data import ImageData, ImageSet, _check_int, _kind, epoch_plan, load_data, shift_images
+from .data import ImageData, ImageSet, epoch_plan, load_data, shift_images
+from .tasks import evaluate
 from .results import Row, Table
-from .training import evaluate
 
 # %% ../nbs/15_affine.ipynb #pad-set
-MARGIN, PLACE_SEED, AFFINE_SEED = 6, 15, 16   # Pixels on each side; seeds of the test images' places and transformations
+MARGIN,PLACE_SEED,AFFINE_SEED = 6,15,16   # Pixels on each side; of the test images' places and transformations
 
-def padded_set(
-    ds:ImageSet,        # Images `(n, c, h, w)`
-    margin:int=MARGIN,  # Pixels added on every side
-) -> ImageSet:          # Images `(n, c, h + 2*margin, w + 2*margin)`
-    "The images in the middle of larger ones."
-    _check_int("margin", margin, 0)
-    return ImageSet(F.pad(ds.x, (margin,)*4), ds.y, ds.classes)
+def padded_set(ds:ImageSet, margin:int=MARGIN) -> ImageSet:
+    "The images in the middle of larger ones, with so many pixels more on every side."
+    return ImageSet(F.pad(ds.x, (whole("margin", margin, 0),)*4), ds.y, ds.classes)
 
-def placed_set(
-    ds:ImageSet,           # Images `(n, c, h, w)`
-    margin:int=MARGIN,     # Pixels added on every side, and the longest shift
-    seed:int=PLACE_SEED,   # Decides the places
-) -> ImageSet:             # Images `(n, c, h + 2*margin, w + 2*margin)`
+def placed_set(ds:ImageSet, margin:int=MARGIN, seed:int=PLACE_SEED) -> ImageSet:
     "Each image at a random place of a larger one, always the same."
-    big, (_, shifts) = padded_set(ds, margin), epoch_plan(len(ds), seed, 0, margin, shuffle=False)
+    big,(_, shifts) = padded_set(ds, margin),epoch_plan(len(ds), seed, 0, margin, shuffle=False)
     return ImageSet(shift_images(big.x, *shifts.to(ds.device).unbind(1)), ds.y, ds.classes)
 
 # %% ../nbs/15_affine.ipynb #factors
-RANGES = dict(rotation=(-20, 20), shear=(-0.2, 0.2), scale_x=(0.8, 1.2), scale_y=(0.8, 1.2), place_x=(0, 1), place_y=(0, 1)) # degrees; per unit; times; share of the room
+RANGES = dict(rotation=(-20, 20), shear=(-0.2, 0.2), scale_x=(0.8, 1.2), scale_y=(0.8, 1.2),
+              place_x=(0, 1), place_y=(0, 1))            # degrees; per unit; times; share of the room
 
-def affine_factors(
-    n:int,      # How many
-    seed:int=0, # Decides them
-) -> Tensor:    # One row an image, in the order of `RANGES`, float64 `(n, 6)`
-    "Random transformations; row `k` is the same for every `n`."
-    _check_int("n", n, 0); _check_int("seed", seed, 0)
-    u = torch.from_numpy(np.random.Generator(np.random.PCG64(np.random.SeedSequence(int(seed)))).random((n, len(RANGES))))
-    low, high = torch.tensor(list(RANGES.values()), dtype=torch.float64).T
+def affine_factors(n:int, seed:int=0) -> Tensor:
+    "Random transformations, columns in the order of `RANGES`, float64 `(n, 6)`; row `k` is the same for every `n`."
+    g = np.random.Generator(np.random.PCG64(np.random.SeedSequence(whole("seed", seed, 0))))
+    u = torch.from_numpy(g.random((whole("n", n, 0), len(RANGES))))
+    low,high = torch.tensor(list(RANGES.values()), dtype=torch.float64).T
     return low + u*(high - low)
 
-# %% ../nbs/15_affine.ipynb #affine-matrix
-def affine_matrix(
-    factors:Tensor, # Rotation in degrees, shear, scale of x, scale of y: `(n, 4)`, further columns are ignored
-) -> Tensor:        # `A`, `(n, 2, 2)`
-    "Stretch, then shear, then turn."
-    turn, shear, sx, sy = factors[:, :4].unbind(1)
-    c, s = (turn*(math.pi/180)).cos(), (turn*(math.pi/180)).sin()
-    m = lambda *v: torch.stack(v, 1).unflatten(1, (2, 2))   # (n, 2, 2)
-    zero, one = torch.zeros_like(sx), torch.ones_like(sx)
+def affine_matrix(factors:Tensor) -> Tensor:
+    "Stretch, then shear, then turn: `A`, `(n, 2, 2)`, of factors `(n, 4)` or more, in the order of `RANGES`."
+    turn,shear,sx,sy = factors[:, :4].unbind(1)
+    c,s = torch.deg2rad(turn).cos(),torch.deg2rad(turn).sin()
+    def m(*v): return torch.stack(v, 1).unflatten(1, (2, 2))      # (n, 2, 2)
+    zero,one = torch.zeros_like(sx),torch.ones_like(sx)
     return m(c, s, -s, c) @ m(one, shear, zero, one) @ m(sx, zero, zero, sy)
 
 # %% ../nbs/15_affine.ipynb #warp
 def warp(
     x:Tensor,     # Images, uint8 `(n, c, h, w)`
-    A:Tensor,     # Matrices, `(n, 2, 2)`
-    t:Tensor,     # Where the middle goes, `(n, 2)` as x, y in pixels
+    A:Tensor, t:Tensor, # Matrices, `(n, 2, 2)`; where the middle goes, `(n, 2)` as x, y in pixels
     size:int=40,  # Height and width of the new images
-) -> Tensor:      # uint8 `(n, c, size, size)`, interpolated between the four nearest pixels, black outside
+) -> Tensor:      # uint8 `(n, c, size, size)`, between the four nearest pixels, black outside
     "Move each point `p` of an image to `A p + t`, both measured from the middle."
-    old = torch.tensor([2/x.shape[3], 2/x.shape[2]], dtype=A.dtype, device=A.device)  # from pixels to the units of grid_sample
+    units = torch.tensor([2/x.shape[3], 2/x.shape[2]], dtype=A.dtype, device=A.device)[:, None]
     back = torch.linalg.inv(A)
-    theta = torch.cat([old[:, None]*back*(size/2), -old[:, None]*(back @ t[..., None])], 2).float()  # (n, 2, 3)
+    theta = torch.cat([units*back*(size/2), -units*(back @ t[..., None])], 2).float()  # (n, 2, 3)
     if not len(x): return x.new_zeros(0, x.shape[1], size, size)
     grid = F.affine_grid(theta, (len(x), x.shape[1], size, size), align_corners=False)
-    return F.grid_sample(x.float(), grid, align_corners=False).round_().clamp_(0, 255).to(torch.uint8)
+    out = F.grid_sample(x.float(), grid, align_corners=False)
+    return out.round_().clamp_(0, 255).to(torch.uint8)
 
 # %% ../nbs/15_affine.ipynb #room
-def room(
-    x:Tensor,    # Images, uint8 `(n, c, h, w)`
-    A:Tensor,    # Matrices, `(n, 2, 2)`
-    size:int=40, # Height and width of the new images
-) -> tuple:      # Least and greatest `t`, each `(n, 2)` as x, y in pixels
-    "The places at which a transformed image loses no ink; where there are none, both are the middle."
-    h, w = x.shape[2:]
+def room(x:Tensor, A:Tensor, size:int=40) -> tuple:
+    "Least and greatest `t` `(n, 2)` at which a transformed image loses no ink; the middle twice where there are none."
+    h,w = x.shape[2:]
     axes = [torch.arange(n, dtype=A.dtype, device=x.device) - (n - 1)/2 for n in (w, h)]
     p = torch.stack(torch.meshgrid(*axes, indexing="xy"), -1).flatten(0, 1)        # (h*w, 2)
     q = p @ A.mT                                                                   # (n, h*w, 2)
-    ink, far = (x > 0).any(1).flatten(1)[..., None], torch.inf                     # (n, h*w, 1)
-    reach = A.abs().sum(2)                                                         # (n, 2)
-    low = q.masked_fill(~ink, far).amin(1) - reach
-    high = q.masked_fill(~ink, -far).amax(1) + reach
-    edge, empty = (size + 1)/2, ~ink.any(1)                                        # the first middle of a pixel that is outside
-    low, high = (-edge - low).masked_fill(empty, 0), (edge - high).masked_fill(empty, 0)
-    return torch.where(low > high, (low + high)/2, low), torch.where(low > high, (low + high)/2, high)
+    ink,far = (x > 0).any(1).flatten(1)[..., None],torch.inf                       # (n, h*w, 1)
+    reach,edge = A.abs().sum(2),(size + 1)/2  # (n, 2); the first middle of a pixel that is outside
+    low = -edge - q.masked_fill(~ink, far).amin(1) + reach
+    high = edge - q.masked_fill(~ink, -far).amax(1) - reach
+    low,high = (t.masked_fill(~ink.any(1), 0) for t in (low, high))
+    return tuple(torch.where(low > high, (low + high)/2, t) for t in (low, high))
 
 # %% ../nbs/15_affine.ipynb #affine-images
 def affine_images(
@@ -107,47 +90,39 @@ def affine_images(
     chunk:int=1000,      # Images at once
 ) -> Tensor:             # uint8 `(n, c, size, size)`
     "Transform each image at random and put it at a random place, the ink wholly inside."
-    if not isinstance(x, Tensor) or x.dtype != torch.uint8 or x.dim() != 4: raise ValueError(f"x={_kind(x)}: must be a uint8 tensor (n, c, h, w)")
-    _check_int("size", size, 1)
-    f = affine_factors(len(x), seed) if factors is None else factors
-    if f.shape != (len(x), len(RANGES)): raise ValueError(f"factors={_kind(f)}: must be ({len(x)}, {len(RANGES)})")
-    out = []
-    for x, f in zip(x.split(chunk), f.double().to(x.device).split(chunk)):
-        A = affine_matrix(f)
-        low, high = room(x, A, size)
+    if not isinstance(x, Tensor) or x.dtype != torch.uint8 or x.ndim != 4:
+        raise BadValue("x", x, "must be a uint8 tensor (n, c, h, w)")
+    f,out = affine_factors(len(x), seed) if factors is None else factors,[]
+    if f.shape != (len(x), len(RANGES)): raise BadValue("factors", f, f"must have shape {(len(x), len(RANGES))}")
+    for x,f in zip(x.split(chunk), f.double().to(x.device).split(chunk)):
+        low,high = room(x, A := affine_matrix(f), whole("size", size))
         out.append(warp(x, A, low + f[:, 4:]*(high - low), size))
     return torch.cat(out)
 
-def affine_set(
-    ds:ImageSet,          # Images
-    seed:int=AFFINE_SEED, # Decides the transformations
-    size:int=40,          # Height and width of the new images
-) -> ImageSet:            # Transformed images; `factors` says how
-    "Every image once, transformed."
+def affine_set(ds:ImageSet, seed:int=AFFINE_SEED, size:int=40) -> ImageSet:
+    "Every image once, transformed; `factors` says how."
     f = affine_factors(len(ds), seed)
-    return ImageSet(affine_images(ds.x, size=size, factors=f), ds.y, ds.classes, f.float().to(ds.device), tuple(RANGES))
+    x = affine_images(ds.x, size=size, factors=f)
+    return ImageSet(x, ds.y, ds.classes, f.float().to(ds.device), tuple(RANGES))
 
-# %% ../nbs/15_affine.ipynb #nets
+# %% ../nbs/15_affine.ipynb #table
 AFFINE_CAPSNET = CapsConfig(height=40, width=40)
 AFFINE_BASELINE = BaselineConfig(height=40, width=40, pool=True, units=(2600, 1024))
 
-# %% ../nbs/15_affine.ipynb #placed-data
-def placed_data(
-    data_dir=None, # Where downloads are kept
-    limit=None,    # Use the first training images only
-    dataset=None,  # Digits other than MNIST, as in `load_data`
-) -> ImageData:    # Padded training images, to be shifted by `MARGIN` in training; placed test images
-    "Digits on larger images: training moves them in every epoch, the test images have their places."
+def placed_data(data_dir=None, limit=None, dataset=None) -> ImageData:
+    "Padded training images, to be shifted by `MARGIN` in training, and placed test images."
     d = load_data(dataset or "mnist", data_dir, limit=limit)
     return ImageData(f"placed-{d.name}", padded_set(d.train), placed_set(d.test), d.note)
 
-# %% ../nbs/15_affine.ipynb #table
-def table() -> Table: # Two rows, trained on placed MNIST until 99.2% of the placed test images are right
+@table("affnist")
+def affine_table() -> Table: # Two rows, trained on placed MNIST until 99.2% of the placed test images are right
     "Robustness to affine transformations, section 5.2 of the paper."
     def after(net, data, device):
-        a, b = (evaluate(net, ds).accuracy for ds in (data.test, affine_set(data.test)))
-        return {"placed": round(100*a, 6), "affine": round(100*b, 6)}
+        sets = dict(placed=data.test, affine=affine_set(data.test))
+        return {k: round(100*evaluate(net, ds).accuracy, 6) for k,ds in sets.items()}
+    baseline,caps = "Convolutional network with pooling and dropout","CapsNet, 3 iterations, with reconstruction"
     return Table("affnist", "Affine transformations", "section 5.2 of the paper", (
-        Row("baseline", "Convolutional network with pooling and dropout", AFFINE_BASELINE, {"placed": "99.22", "affine": "66"}),
-        Row("r3-recon", "CapsNet, 3 iterations, with reconstruction", AFFINE_CAPSNET, {"placed": "99.23", "affine": "79"})),
-        placed_data, dict(shift=MARGIN, stop_at=0.992, warmup=50), {"placed": "placed accuracy, %", "affine": "affine accuracy, %"}, after)
+        Row("baseline", baseline, AFFINE_BASELINE, {"placed": "99.22", "affine": "66"}),
+        Row("r3-recon", caps, AFFINE_CAPSNET, {"placed": "99.23", "affine": "79"})),
+        placed_data, dict(shift=MARGIN, stop_at=0.992, warmup=50),
+        {"placed": "placed accuracy, %", "affine": "affine accuracy, %"}, after)

@@ -21,6 +21,7 @@ from .decoder import Decoder, mask_capsules
 # %% ../nbs/06_capsnet.ipynb #sizes-of-all
 class Sizes:
     "What the sizes of every network can do; a subclass is a frozen dataclass and has `build`."
+    channels:int; height:int; width:int; n_classes:int
     @property
     def image_shape(self) -> tuple:
         "Channels, height, width."

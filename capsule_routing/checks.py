@@ -8,14 +8,13 @@ __all__ = ['shown', 'BadValue', 'whole', 'number', 'one_of', 'flag', 'floats', '
 # %% ../nbs/00_checks.ipynb #imports
 import operator, reprlib
 from difflib import get_close_matches
-from typing import Optional
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Optional
+if TYPE_CHECKING: from torch import Tensor
 
 # %% ../nbs/00_checks.ipynb #bad-value
 def shown(v) -> str:
     "A value in one short line: a tensor by its type and shape, text whole, all else as Python writes it, cut short."
-    if isinstance(v, Tensor): return f"{str(v.dtype).removeprefix('torch.')} {tuple(v.shape)}"
+    if hasattr(v, "backward"): return f"{str(v.dtype).removeprefix('torch.')} {tuple(v.shape)}"
     return " ".join((repr(v)[:300] if isinstance(v, str) else reprlib.repr(v)[:80]).split())
 
 class BadValue(ValueError, TypeError):
@@ -28,7 +27,7 @@ class BadValue(ValueError, TypeError):
 # %% ../nbs/00_checks.ipynb #whole
 def whole(field:str, value, lo:int=1, hi:Optional[int]=None) -> int:
     "`value` as a whole number from `lo` to `hi`."
-    try: n = None if isinstance(value, (bool, Tensor)) else operator.index(value)
+    try: n = None if isinstance(value, bool) or hasattr(value, "backward") else operator.index(value)
     except TypeError: n = None
     if n is None: raise BadValue(field, value, "must be a whole number")
     if n < lo: raise BadValue(field, value, f"must be at least {lo}")
@@ -66,8 +65,9 @@ def flag(field:str, value) -> bool:
     return value
 
 # %% ../nbs/00_checks.ipynb #floats
-def floats(field:str, x, shape:tuple) -> Tensor:
+def floats(field:str, x, shape:tuple) -> "Tensor":
     "`x`, a floating-point tensor of that shape; None in `shape` is any size."
+    from torch import Tensor
     if not isinstance(x, Tensor): raise BadValue(field, x, f"must be a tensor, got {type(x).__name__}")
     if not x.is_floating_point(): raise BadValue(field, x, "must hold floating point numbers")
     if x.ndim != len(shape) or any(n is not None and n != m for n,m in zip(shape, x.shape)):
@@ -75,13 +75,16 @@ def floats(field:str, x, shape:tuple) -> Tensor:
         raise BadValue(field, x, f"must have shape ({sizes})")
     return x
 
-def can_look(x:Tensor) -> bool:
+def can_look(x:"Tensor") -> bool:
     "May values be checked? On the CPU, outside `torch.compile`."
+    import torch
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
-def class_indices(field:str, which, b:int, n:int) -> Tensor:
+def class_indices(field:str, which, b:int, n:int) -> "Tensor":
     "`which`, `b` class indices from 0 to `n-1`."
-    if not isinstance(which, Tensor): raise BadValue(field, which, f"must be a tensor, got {type(which).__name__}")
+    import torch
+    if not isinstance(which, torch.Tensor):
+        raise BadValue(field, which, f"must be a tensor, got {type(which).__name__}")
     if which.is_floating_point() or which.is_complex() or which.dtype == torch.bool:
         raise BadValue(field, which, "must be integers, indices of classes")
     if which.shape != (b,): raise BadValue(field, which, f"must have shape ({b},)")

@@ -16,15 +16,16 @@ from typing import Iterator, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
-from .checks import BadValue, class_indices, number, one_of, shown, whole
+from .checks import BadValue, class_indices, one_of, shown, whole
 from .downloads import NAMED, DataUnavailable, default_data_dir, load_named
 from .glyphs import make_glyphs
 
 _all_ = ['NAMED', 'DataUnavailable', 'default_data_dir']
 
 # %% ../nbs/08_data.ipynb #image-set
-class ImageSet:
+class ImageSet(Dataset):
     "Images and labels in memory, checked once."
     def __init__(self,
         x:Tensor,              # Images, uint8 `(n, c, h, w)`

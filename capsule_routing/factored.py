@@ -66,7 +66,8 @@ def is_transformed(x:Tensor) -> bool: # Will only PyTorch's own operations do?
     "Is the code that works on `x` being exported, traced, or transformed by `torch.func`?"
     exporting = getattr(torch.compiler, "is_exporting", torch.onnx.is_in_onnx_export)  # older PyTorch lacks it
     if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export(): return True
-    return exporting() or torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(x)
+    if exporting() or torch._C._are_functorch_transforms_active(): return True
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(x) # is_grads_batched
 
 # %% ../nbs/02_factored.ipynb #plain-grads
 def plain_grads(f, inputs:tuple, g:Tensor) -> tuple:

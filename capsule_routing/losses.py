@@ -38,7 +38,8 @@ def margin_loss(
 ) -> Tensor:           # Scalar: summed over classes, mean over the batch (Eq. 4)
     "Push the length of present classes above `m_pos`, of absent ones below `m_neg`."
     v = full_precision(floats("lengths", lengths, (None, None)))
-    t = as_multi_hot(target, *v.shape, v.dtype)
+    b,n = v.shape
+    t = as_multi_hot(target, b, n, v.dtype)
     loss = t*(m_pos-v).relu()**2 + down*(1-t)*(v-m_neg).relu()**2 # (b, n)
     return loss.sum() / max(len(v), 1)
 

@@ -166,7 +166,7 @@ def evaluate(
     rank:int=0,                # Take the share of this process, 0 to `world - 1`
     world:int=1,               # Of so many
     task:Optional[Task]=None,  # What to measure; None is the usual task of network and images
-) -> Optional[Evaluation]:     # Results, tensors on the CPU; None where this share is empty
+) -> Evaluation:               # Results, tensors on the CPU; None where it gave up or this share is empty
     "Count errors and losses over all images, each once, none changed."
     if len(ds) == 0: raise BadValue("ds", ds, "must hold at least one image")
     task = task or task_for(net, ds, recon_weight)

@@ -31,8 +31,9 @@ from .settings import RECIPES, TrainConfig, lr_at, resume_config
 from .callbacks import (Average, CheckpointFailed, Checkpoints, CSVLog, Interrupted, PeerLost, Progress,
                                        Signals, Step, StopAt, TrainingDiverged, Watch)
 
-_all_ = ["TrainConfig", "RECIPES", "lr_at", "resume_config", "evaluate", "pick_device", "pick_precision", "pick_compile",
-         "processes", "device_name", "peak_memory", "Interrupted", "TrainingDiverged", "CheckpointFailed", "PeerLost", "Step"]
+_all_ = ["TrainConfig", "RECIPES", "lr_at", "resume_config", "evaluate", "pick_device", "pick_precision",
+         "pick_compile", "processes", "device_name", "peak_memory", "Interrupted", "TrainingDiverged",
+         "CheckpointFailed", "PeerLost", "Step"]
 
 # %% ../nbs/10_training.ipynb #new-net
 def new_net(

@@ -6,16 +6,18 @@ import pytest
 import torch
 
 from capsule_routing.affine import (AFFINE_BASELINE, AFFINE_CAPSNET, MARGIN, RANGES, affine_factors, affine_images, affine_matrix, affine_set,
-                                    padded_set, placed_data, placed_set, room, table, warp)
+                                    padded_set, placed_data, placed_set, room, warp)
 from capsule_routing.baselines import BaselineConfig, BaselineNet
-from capsule_routing.capsnet import CapsConfig, CapsNet, count_params
+from capsule_routing.capsnet import CapsNet, caps_config, count_params
 from capsule_routing.data import ImageData, ImageSet, batches
 from capsule_routing.glyphs import make_glyphs
 from capsule_routing.results import get_table, read_results, run_row, table_lines
-from capsule_routing.training import TrainConfig, evaluate, fit, new_net
+from capsule_routing.settings import TrainConfig
+from capsule_routing.tasks import evaluate
+from capsule_routing.training import fit, new_net
 from conftest import TINY_CONFIG
 
-TINY = CapsConfig(height=40, width=40, **TINY_CONFIG)
+TINY = caps_config(height=40, width=40, **TINY_CONFIG)
 BAR = torch.zeros(1, 1, 28, 28, dtype=torch.uint8)
 BAR[:, :, 5:23, 11:17] = 200                          # upright, 6 wide and 18 high
 
@@ -43,7 +45,7 @@ def covariance(x):
 def test_training_gives_every_place_and_cuts_nothing(glyphs):
     big, seen = padded_set(glyphs), set()
     for epoch in range(12):
-        for x, _, idx in batches(big, 100, seed=1, epoch=epoch, shift=MARGIN):
+        for x, _, idx, _ in batches(big, 100, seed=1, epoch=epoch, shift=MARGIN):
             assert torch.allclose(x.double().sum((1, 2, 3))*255, brightness(glyphs.x[idx]), atol=0.02)
             for image, i in zip((x*255).round().to(torch.uint8), idx.tolist()):
                 (r, c), (r0, c0) = first_ink(image), first_ink(glyphs.x[i])
@@ -149,7 +151,7 @@ def test_empty_and_full_images_are_no_trouble():
 
 @pytest.mark.parametrize("make, said", [
     (lambda: affine_images(torch.zeros(2, 1, 28, 28)), "x=float32 (2, 1, 28, 28): must be a uint8 tensor"),
-    (lambda: affine_images(BAR, factors=torch.zeros(1, 4)), "factors=float32 (1, 4): must be (1, 6)"),
+    (lambda: affine_images(BAR, factors=torch.zeros(1, 4)), "factors=float32 (1, 4): must have shape (1, 6)"),
     (lambda: affine_images(BAR, size=0), "size=0: must be at least 1"),
     (lambda: affine_factors(-1), "n=-1: must be at least 0"),
     (lambda: affine_factors(5, -1), "seed=-1: must be at least 0"),
@@ -183,7 +185,7 @@ def test_its_data_are_padded_for_training_and_placed_for_testing():
 
 def test_a_small_table_is_run_and_read(glyphs, tmp_path):
     data = ImageData("placed", padded_set(glyphs.take(200)), placed_set(glyphs.take(120)))
-    t = table()
+    t = get_table("affnist")
     small = (BaselineConfig(height=40, width=40, convs=((4, 5), (4, 5)), pool=True, units=(16,)), TINY)
     t = t._replace(rows=tuple(r._replace(network=n) for r, n in zip(t.rows, small)))
     for row in t.rows:

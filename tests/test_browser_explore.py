@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from browser import missing
-from capsule_routing.capsnet import CapsConfig, CapsNet
+from capsule_routing.capsnet import CapsNet, caps_config
 from capsule_routing.decoder import mask_capsules
 from capsule_routing.explore import explorer_page, explorer_state
 from capsule_routing.pretrained import PoseSet, first_of_each, pretrained_poses
@@ -46,7 +46,7 @@ def mnist():
 def colour():
     "A net in colour of three classes, one without poses, with a decoder of one layer"
     torch.manual_seed(0)
-    cfg = CapsConfig(channels=3, height=20, width=24, n_classes=3, conv_channels=4, n_types=2, d_primary=4, d_class=5, decoder=(), kernel=5)
+    cfg = caps_config(channels=3, height=20, width=24, n_classes=3, conv_channels=4, n_types=2, d_primary=4, d_class=5, decoder=(), kernel=5)
     net = CapsNet(cfg).eval()
     with torch.no_grad(): net.decoder.layers[0].weight *= 10
     ps = PoseSet(torch.randn(5, 3, 5)/4, torch.tensor([0, 0, 0, 2, 2]), torch.tensor([4, 5, 8, 6, 7]))
@@ -94,7 +94,7 @@ def test_page_names_and_hints(mnist, open_page, tmp_path):
     for kind in (0, 7):
         page.get_by_label("class", exact=True).select_option(str(kind))
         for d in range(16):
-            s = page.get_by_role("slider", name=f"dimension {d+1}", exact=True)
+            s = page.get_by_role("slider", name=f"dimension {d}", exact=True)
             assert page.locator("#"+s.get_attribute("aria-describedby")).inner_text() == hints[kind][d]
     assert hints[0] != hints[7]
 
@@ -195,7 +195,7 @@ def test_widget_names_and_hints(mnist, widget_page, serve, open_page):
     _, handles = shown(page)
     for kind in (0, 7):
         page.get_by_label("class", exact=True).select_option(str(kind))
-        for d, s in enumerate(handles): assert s.get_attribute("aria-label") == f"dimension {d+1}, {hints[kind][d]}"
+        for d, s in enumerate(handles): assert s.get_attribute("aria-label") == f"dimension {d}, {hints[kind][d]}"
         assert page.locator(".capsule-row .widget-label:not(:first-child), .capsule-row > .widget-label").all_inner_texts()[-16:] == hints[kind]
 
 @pytest.mark.parametrize("width", [390, 1280])

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from capsule_routing.capsnet import CapsConfig, CapsNet
+from capsule_routing.capsnet import CapsNet, caps_config
 from capsule_routing.decoder import mask_capsules
-from capsule_routing.explore import (EFFECTS, CapsuleExplorer, decoder_bytes, dimension_effects, explorer_file, explorer_page, explorer_state, hint,
-                                     image_moments, image_poses, run_images)
+from capsule_routing.explore import (CapsuleExplorer, decoder_bytes, explorer_file, explorer_page, explorer_state,
+                                     image_poses, run_images)
+from capsule_routing.measure import EFFECTS, dimension_effects, hint, image_moments
 from capsule_routing.data import ImageSet
 from capsule_routing.pretrained import PoseSet, pretrained_poses
 from capsule_routing.runs import load_run, save_run
@@ -24,7 +25,7 @@ def own_poses(cfg, y, seed=0):
 
 def tiny(seed=0, **kw):
     torch.manual_seed(seed)
-    return CapsNet(CapsConfig(**{**TINY_CONFIG, **kw})).eval()
+    return CapsNet(caps_config(**{**TINY_CONFIG, **kw})).eval()
 
 @pytest.fixture(scope="module")
 def mnist(): return CapsNet.from_pretrained("mnist"), pretrained_poses("mnist")
@@ -104,11 +105,11 @@ def test_as_many_images_as_the_rarest_class_has():
     assert (s["capsules"], s["names"], s["images"], s["numbers"]) == ([1, 4, 7], ["1", "4", "7"], 2, [[0, 1], [5, 6], [7, 8]])
 
 @pytest.mark.parametrize("change,why", [
-    (dict(poses=torch.zeros(3, 10, 5)), r"poses are \(3, 10, 5\)"),
-    (dict(y=torch.tensor([0, 1, 10])), "of class 10; this network's classes are 0 to 9"),
+    (dict(poses=torch.zeros(3, 10, 5)), r"poses=float32 \(3, 10, 5\): must have shape \(3, 10, 4\)"),
+    (dict(y=torch.tensor([0, 1, 10])), "y=10: must be a class from 0 to 9"),
     (dict(poses=torch.full((3, 10, 4), math.nan)), "must be finite"),
-    (dict(index=torch.arange(2)), "2 numbers"),
-    (dict(poses=torch.zeros(0, 10, 4), y=torch.zeros(0).long(), index=torch.zeros(0).long()), "n above 0"),
+    (dict(index=torch.arange(2)), r"must have shape \(2, 10, 4\)"),
+    (dict(poses=torch.zeros(0, 10, 4), y=torch.zeros(0).long(), index=torch.zeros(0).long()), "at least one"),
 ])
 def test_poses_that_do_not_fit(change, why):
     net = tiny()
@@ -119,11 +120,11 @@ def test_networks_that_can_not_be_shown():
     net = tiny()
     ps = own_poses(net.cfg, [0, 1])
     with pytest.raises(ValueError, match="no decoder"): CapsuleExplorer(tiny(decoder=None), ps)
-    with pytest.raises(ValueError, match="4 channels; only 1 or 3"): CapsuleExplorer(tiny(channels=4), ps)
-    with pytest.raises(TypeError, match="must be a CapsNet, .* got Linear"): CapsuleExplorer(torch.nn.Linear(2, 2), ps)
+    with pytest.raises(ValueError, match="channels=4: only 1 or 3"): CapsuleExplorer(tiny(channels=4), ps)
+    with pytest.raises(TypeError, match="must be a CapsNet or a Run, got Linear"): CapsuleExplorer(torch.nn.Linear(2, 2), ps)
     with pytest.raises(TypeError, match="must be a PoseSet"): CapsuleExplorer(net, ps.poses)
-    with pytest.raises(ValueError, match="images must be"): CapsuleExplorer(net, ps, images=0)
-    with pytest.raises(ValueError, match="classes must be 10 names, got 'abc'"): CapsuleExplorer(net, ps, classes="abc")
+    with pytest.raises(ValueError, match="images=0: must be at least 1"): CapsuleExplorer(net, ps, images=0)
+    with pytest.raises(ValueError, match="classes='?abc'?: must be 10 names"): CapsuleExplorer(net, ps, classes="abc")
     with torch.no_grad(): net.decoder.layers[0].weight[0, 0] = 1e6
     with pytest.raises(ValueError, match="too large for 16 bits"): CapsuleExplorer(net, ps)
 
@@ -263,7 +264,7 @@ def test_image_poses_are_the_networks(glyph_images):
     ps = image_poses(net, images, 3)
     with torch.no_grad(): assert torch.allclose(net(images.x[ps.index].float()/255).poses, ps.poses, atol=1e-6)
     assert (images.y[ps.index] == ps.y).all() and ps.y.bincount().max() <= 3 and not ps.poses.requires_grad
-    with pytest.raises(ValueError, match="images are"): image_poses(tiny(channels=3), images)
+    with pytest.raises(ValueError, match="images=.*whose image_shape is"): image_poses(tiny(channels=3), images)
 
 
 # -- the command --

@@ -1,20 +1,23 @@
 "Composites of two digits: what they are made of, that they come again, and that the loop trains on them."
+import os, socket, subprocess, sys
 from dataclasses import replace
 
 import pytest
 import torch
 
-from capsule_routing import training
 from capsule_routing.baselines import MULTI_BASELINE, BaselineConfig, BaselineNet
-from capsule_routing.capsnet import CapsConfig, CapsNet, count_params
+from capsule_routing.capsnet import CapsNet, caps_config, count_params
 from capsule_routing.data import ImageData
 from capsule_routing.glyphs import make_glyphs
-from capsule_routing.multimnist import MULTI_CAPSNET, PairSet, digits_missed, make_pairs, other_class, pair_data, pair_plan, table, take_apart
+from capsule_routing.multimnist import MULTI_CAPSNET, PairSet, digits_missed, make_pairs, other_class, pair_data, pair_plan, take_apart
 from capsule_routing.results import get_table, read_results, run_row, table_lines
-from capsule_routing.training import TrainConfig, evaluate, fit, new_net
-from conftest import TINY_CONFIG
+from capsule_routing.runs import load_run
+from capsule_routing.settings import TrainConfig
+from capsule_routing.tasks import evaluate, task_for
+from capsule_routing.training import fit, new_net
+from conftest import ROOT, TINY_CONFIG
 
-TINY = CapsConfig(height=36, width=36, **TINY_CONFIG)
+TINY = caps_config(height=36, width=36, **TINY_CONFIG)
 CFG = dict(epochs=2, batch_size=32, lr=3e-3, shift=4)
 
 
@@ -109,11 +112,11 @@ def test_a_shorter_shift_stays_in_the_wider_margin():
     (lambda: glyph_pairs(20, 5, shift=-1), "shift=-1: must be at least 0"),
     (lambda: glyph_pairs(20, 5).batches(0), "batch_size=0: must be at least 1"),
     (lambda: glyph_pairs(20, 5).batches(5, shift=6), "shift=6: must be at most 4"),
-    (lambda: glyph_pairs(20, 5).batches(5, rank=1), "rank=1: must be below world=1"),
+    (lambda: glyph_pairs(20, 5).batches(5, rank=1), "rank=1: must be at most 0"),
     (lambda: PairSet(torch.zeros(3, 1, 8, 8), torch.zeros(3, dtype=torch.long), ("a",), 5), "must be a uint8 tensor"),
-    (lambda: PairSet(torch.zeros(3, 1, 8, 8, dtype=torch.uint8), torch.ones(3, dtype=torch.long), ("a", "b"), 5), "all images are of class 1"),
-    (lambda: make_pairs(torch.zeros(3, 1, 8, 8), torch.zeros(2, 1, 8, 8), torch.zeros(3, 2, 2, dtype=torch.long)), "second must be (3, 1, 8, 8)"),
-    (lambda: make_pairs(torch.zeros(3, 1, 8, 8), torch.zeros(3, 1, 8, 8), torch.zeros(3, 2, dtype=torch.long)), "shifts must be (3, 2, 2)"),
+    (lambda: PairSet(torch.zeros(3, 1, 8, 8, dtype=torch.uint8), torch.ones(3, dtype=torch.long), ("a", "b"), 5), "y=1: the only class; a pair needs two"),
+    (lambda: make_pairs(torch.zeros(3, 1, 8, 8), torch.zeros(2, 1, 8, 8), torch.zeros(3, 2, 2, dtype=torch.long)), "second=float32 (2, 1, 8, 8): must have shape (3, 1, 8, 8)"),
+    (lambda: make_pairs(torch.zeros(3, 1, 8, 8), torch.zeros(3, 1, 8, 8), torch.zeros(3, 2, dtype=torch.long)), "shifts=int64 (3, 2): must have shape (3, 2, 2)"),
 ])
 def test_what_cannot_be_is_refused_in_a_line(make, said):
     with pytest.raises((ValueError, TypeError)) as e: make()
@@ -170,17 +173,42 @@ def test_taking_apart_draws_each_capsule_alone(data):
 
 
 def test_the_order_of_the_two_does_not_matter_to_the_loss(data):
-    from capsule_routing.training import _losses
-    net = new_net(TINY, 1)
-    x, y, _, parts = next(data.test.eval_batches(20))
-    a, b = (_losses(net(x, t), p, t, 0.5) for t, p in ((y, parts), (y.flip(1), parts.flip(1))))
-    for u, v in zip(a, b): assert u.item() == pytest.approx(v.item(), rel=1e-5)
+    net, b = new_net(TINY, 1), next(data.test.eval_batches(20))
+    task = task_for(net, data.test, 0.5)
+    one, other = (task.loss(net(o.x, o.y), o) for o in (b, b._replace(y=b.y.flip(1), parts=b.parts.flip(1))))
+    assert task.name == "pairs" and set(one) == {"loss", "margin", "recon"}
+    for k in one: assert one[k].item() == pytest.approx(other[k].item(), rel=1e-5)
 
 
-def test_several_processes_are_refused_before_the_first_step(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "_rank_world", lambda: (0, 2))
-    with pytest.raises(ValueError, match="PairSet: several processes train on an ImageSet only"): fit(new_net(TINY, 1), data, TrainConfig(epochs=1), tmp_path/"run", device="cpu")
-    assert not list(tmp_path.iterdir())
+WORKER = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from test_multimnist import *
+from capsule_routing.machine import processes
+data = ImageData("pairs", glyph_pairs(60, 33), replace(glyph_pairs(40, 21), seed=6))
+with processes(no_cuda=True, limit=60): fit(new_net(TINY, 1), data, TWO, sys.argv[2], device="cpu")
+"""
+TWO = TrainConfig(epochs=2, batch_size=8, test_batch_size=4, threads=1, lr=3e-3, shift=4, precision="fp32")   # the last batch: one composite
+
+
+@pytest.mark.skipif(not torch.distributed.is_available() or os.name == "nt", reason="needs torch.distributed with gloo")
+def test_two_processes_train_as_one_and_count_every_composite_once(tmp_path):
+    data = ImageData("pairs", glyph_pairs(60, 33), replace(glyph_pairs(40, 21), seed=6))
+    history = fit(new_net(TINY, 1), data, TWO, tmp_path/"one", device="cpu")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "PYTHONPATH": str(ROOT)}
+    args = [sys.executable, "-c", WORKER, str(ROOT/"tests"), str(tmp_path/"two")]
+    procs = [subprocess.Popen(args, env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}, stderr=subprocess.PIPE, text=True) for r in range(2)]
+    try: said = [p.communicate(timeout=200)[1] for p in procs]
+    finally: [p.kill() for p in procs if p.poll() is None]
+    assert [p.returncode for p in procs] == [0, 0], said
+    one, two = load_run(tmp_path/"one"), load_run(tmp_path/"two")
+    for (k, a), b in zip(one.net.state_dict().items(), two.net.state_dict().values()): assert torch.allclose(a, b, atol=1e-4, rtol=1e-3), k
+    for a, b in zip(history, two.history):
+        assert (b["n"], b["test_n"]) == (33, 21) and b["test_loss"] == pytest.approx(a["test_loss"], rel=1e-3)
+        assert abs(a["test_errors"] - b["test_errors"]) <= 1
 
 
 # -- the table --
@@ -190,7 +218,7 @@ def test_the_table_is_the_papers():
     assert {r.name: r.paper["error"] for r in t.rows} == {"baseline": "8.1", "r1-recon": "7.5", "r3-recon": "5.2"}
     assert t.train == dict(shift=4, decay_steps=20_000, warmup=50)
     caps = [r.network for r in t.rows[1:]]
-    assert [c.n_iters for c in caps] == [1, 3] and replace(caps[0], n_iters=3) == caps[1] == MULTI_CAPSNET
+    assert [c.n_iters for c in caps] == [1, 3] and replace(caps[0], routing_options={}) == caps[1] == MULTI_CAPSNET
     text = table_lines(t, [])
     assert text.count("not run") == 6
 
@@ -204,7 +232,7 @@ def test_its_data_keep_training_and_test_digits_apart():
 
 def test_a_small_table_is_run_and_read(data, tmp_path):
     small = (TINY, BaselineConfig(height=36, width=36, convs=((4, 5), (4, 5)), pool=True, units=(16,), multi=True))
-    t = table()
+    t = get_table("multimnist")
     t = t._replace(rows=tuple(r._replace(network=n) for r, n in zip((t.rows[2], t.rows[0]), small)))
     for row in t.rows:
         got = run_row(t, row, 1, tmp_path, data=data, epochs=1, batch_size=32, device=torch.device("cpu"))

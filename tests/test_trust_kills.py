@@ -71,7 +71,8 @@ def result(kind, path):
     best = runs.read_tensors(path/runs.BEST)[0]
     rows = [{k: v for k, v in row.items() if "second" not in k} for row in meta["history"]]
     assert [{k: v for k, v in row.items() if "second" not in k} for row in runs.read_json(path/runs.HISTORY, list)] == rows
-    left = {p.name for p in path.iterdir()} - {runs.CONFIG, runs.HISTORY, runs.LAST, runs.BEST, runs.LOCK}
+    assert len((path/"history.csv").read_text().splitlines()) == 1 + len(rows)
+    left = {p.name for p in path.iterdir()} - {runs.CONFIG, runs.HISTORY, "history.csv", runs.LAST, runs.BEST, runs.LOCK}
     assert not left, left
     return runs.digest(tensors, json.dumps(rows)), runs.digest(best)
 

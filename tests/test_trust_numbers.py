@@ -3,7 +3,7 @@ import torch, pytest
 import torch.nn.functional as F
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 
-from capsule_routing.capsnet import CapsConfig, CapsNet, CapsOut
+from capsule_routing.capsnet import CapsNet, CapsOut, caps_config
 from capsule_routing.decoder import Decoder, mask_capsules
 from capsule_routing.factored import route_factored
 from capsule_routing.fourier import fourier_conv2d
@@ -257,7 +257,7 @@ def test_fourier_convolution(bco, k, stride, more, bias, dtype, p, q, seed):
 @given(st.sampled_from([0., 1e-15, 1e-3, 1.]), st.integers(1, 4), dtypes, seeds)
 def test_network(size, b, dtype, seed):
     "An image of any brightness, black ones too: finite lengths, poses, drawings, loss and gradients; each image for itself"
-    cfg,g = CapsConfig(height=19, width=18, n_classes=4, conv_channels=4, n_types=2, d_primary=3, d_class=5, decoder=(7,)),torch.Generator().manual_seed(seed)
+    cfg,g = caps_config(height=19, width=18, n_classes=4, conv_channels=4, n_types=2, d_primary=3, d_class=5, decoder=(7,)),torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = CapsNet(cfg).to(dtype)

@@ -1,22 +1,28 @@
-"Figures: what stands in them is what the network computed, for any shape; and what is measured agrees with numpy."
+"Figures and measures: what stands in them is what the network computed, for any shape; what is measured agrees with numpy."
 import math
 import numpy as np, pytest, torch
 from matplotlib.figure import Figure
-from capsule_routing.capsnet import CapsConfig
+from capsule_routing.capsnet import caps_config
 from capsule_routing.data import ImageData, ImageSet
 from capsule_routing.decoder import mask_capsules
 from capsule_routing.glyphs import make_glyphs
+from capsule_routing.layers import CapsuleLayer, by_length
+from capsule_routing.measure import capsule_meaning, measure_meaning, routing_view, winner_share
 from capsule_routing.pretrained import pretrained_net, pretrained_poses
+from capsule_routing.registry import routing, trunk
 from capsule_routing.runs import Run
-from capsule_routing.training import evaluate, new_net
+from capsule_routing.squash import lengths, squash
+from capsule_routing.tasks import evaluate
+from capsule_routing.training import new_net
 import capsule_routing.visualize as vis
-from capsule_routing.visualize import (OFFSETS, Field, capsule_meaning, confusion_counts, confusion_figure, couplings_figure, dimension_figure,
-    dimension_pictures, history_figure, lengths_figure, meaning_figure, measure_meaning, mistakes_figure, overlap_figure, prediction_figure,
-    r2_figure, receptive_field, reconstruction_figure, right_and_wrong, routing_view, save_figure, save_training_figures, loss_trend,
-    two_colours, type_tiles, voters_figure, worst_mistakes)
+from capsule_routing.visualize import (OFFSETS, Field, confusion_counts, confusion_figure, couplings_figure,
+    dimension_figure, dimension_pictures, history_figure, lengths_figure, loss_trend, meaning_figure, mistakes_figure,
+    overlap_figure, prediction_figure, r2_figure, receptive_field, reconstruction_figure, right_and_wrong, save_figure,
+    save_training_figures, two_colours, type_tiles, voters_figure, worst_mistakes)
 
 
-def small_net(seed=1, **sizes): return new_net(CapsConfig(**{**dict(height=14, width=14, kernel=5, conv_channels=6, n_types=2, d_primary=4, d_class=6, decoder=(16,)), **sizes}), seed).eval()
+SMALL = dict(height=14, width=14, kernel=5, conv_channels=6, n_types=2, d_primary=4, d_class=6, decoder=(16,))
+def small_net(seed=1, **sizes): return new_net(caps_config(**{**SMALL, **sizes}), seed).eval()
 
 SHAPES = [dict(), dict(channels=3, n_classes=3, d_class=5, width=18), dict(channels=4, n_classes=2, n_iters=1, n_types=1, d_class=3)]
 
@@ -81,9 +87,9 @@ def test_dimensions_of_the_package():
 def lit(net, row, col):
     "Network and image such that only the capsule of type 1 at (row, col) has a pose: both kernels look at their middle pixel"
     with torch.no_grad():
-        for conv in (net.conv1, net.primary.conv): conv.weight.zero_(); conv.bias.zero_()
+        for conv in (net.trunk, net.primary.conv): conv.weight.zero_(); conv.bias.zero_()
         mid = net.cfg.kernel//2
-        net.conv1.weight[:, :, mid, mid] = 1
+        net.trunk.weight[:, :, mid, mid] = 1
         d = net.cfg.d_primary
         net.primary.conv.weight[d:2*d, :, mid, mid] = 1                    # channels d to 2d are type 1
     x = torch.zeros(1, *net.cfg.image_shape)
@@ -97,7 +103,7 @@ def test_a_capsule_is_shown_at_its_place(row, col):
     assert net.cfg.grid == (3, 5)
     x = lit(net, row, col)
     view = routing_view(net, x)
-    u = net.primary(net.conv1(x).relu())[0].norm(dim=-1).view(3, 3, 5)
+    u = net.capsules(x).activation.view(3, 3, 5)
     assert (u > 0).nonzero().tolist() == [[1, row, col]]
     assert (view.support[-1, 0].abs().sum(0) > 1e-9).nonzero().tolist() == [[1, row, col]]
     assert ((view.c[-1, 0]-.1).abs().amax(0) > 1e-6).nonzero().tolist() == [[1, row, col]]      # the others have nothing to say, and stay
@@ -137,17 +143,21 @@ def test_receptive_field_by_the_gradient(kernel):
     (h, w), fields = net.cfg.grid, receptive_field(net)
     for row, col in ((0, 0), (h-1, w-1), (1, 2)):
         x = torch.rand(1, *net.cfg.image_shape, requires_grad=True)
-        net.primary.conv(torch.nn.functional.softplus(net.conv1(x)))[0, :, row, col].sum().backward()
+        net.primary.conv(torch.nn.functional.softplus(torch.nn.Conv2d.forward(net.trunk, x)))[0, :, row, col].sum().backward()
         for f, k, seen in zip(fields, (row, col), ((x.grad != 0).any(3), (x.grad != 0).any(2))):
             seen = seen.flatten().nonzero().flatten()
             assert (int(seen[0]), len(seen)) == (f.start+k*f.step, f.size)
 
 
 def test_receptive_field_of_other_stacks():
-    conv = torch.nn.Conv2d
-    assert receptive_field(conv(1, 1, 3)) == (Field(0, 1, 3),)*2
-    assert receptive_field(conv(1, 1, 3, padding=1), conv(1, 1, 3, stride=2, padding=1), conv(1, 1, (1, 5))) == (Field(-2, 2, 5), Field(-2, 2, 13))
-    with pytest.raises(ValueError, match="at least one convolution"): receptive_field()
+    torch.manual_seed(0)
+    conv,stack = torch.nn.Conv2d,torch.nn.Sequential
+    assert receptive_field(conv(1, 1, 3), (1, 9, 12)) == (Field(0, 1, 3),)*2
+    deep = stack(conv(1, 4, 3, padding=1), torch.nn.ReLU(), conv(4, 4, 3, stride=2, padding=1), conv(4, 1, (1, 5)))
+    assert receptive_field(deep, (1, 24, 40)) == (Field(-2, 2, 5), Field(-2, 2, 13))
+    pooled = stack(conv(3, 4, 3, padding=1), torch.nn.MaxPool2d(2), conv(4, 4, 3, dilation=2))
+    assert receptive_field(pooled, (3, 30, 30)) == (Field(-1, 2, 12),)*2
+    with pytest.raises(ValueError, match="must be a CapsNet or a Run"): receptive_field(deep)
 
 
 def test_voters_lie_at_the_centres():
@@ -161,6 +171,103 @@ def test_voters_lie_at_the_centres():
     lit_at = x[0, 0].nonzero()[0].tolist()
     centre = top+(bottom-top)*(2+.5)/a.shape[0], left+(right-left)*(4+.5)/a.shape[1]
     assert np.allclose(centre, lit_at)                                      # the cell lies on the pixel that it saw
+
+
+# Any routing, any trunk, any number of layers
+
+@pytest.fixture
+def others():
+    "A routing without couplings, one with couplings but no votes, and a trunk with norms and a shortcut"
+    nn = torch.nn
+    class Plain(CapsuleLayer):
+        def __init__(self, n_in, d_in, n_out, d_out):
+            super().__init__(n_in, d_in, n_out, d_out)
+            self.lin = nn.Linear(n_in*d_in, n_out*d_out)
+        def forward(self, caps): return by_length(squash(self.lin(caps.pose.flatten(1)).unflatten(1, self.sizes[2:])))
+    class Gates(Plain):
+        def forward(self, caps, trace=False):
+            out = super().forward(caps)
+            c = torch.ones(1, len(caps.pose), self.sizes[0], self.sizes[2]).softmax(3)
+            return (out, vis_trace(c, c.log(), out.pose[None])) if trace else out
+    class Block(nn.Module):
+        def __init__(self, in_channels, channels=6):
+            super().__init__()
+            self.first = nn.Conv2d(in_channels, channels, 3, padding=1)
+            self.norm, self.second = nn.BatchNorm2d(channels), nn.Conv2d(channels, channels, 3, padding=1)
+        def forward(self, x):
+            x = self.norm(self.first(x)).relu()
+            return (x+self.second(x)).relu()
+    from capsule_routing.routing import RoutingTrace as vis_trace
+    routing["test-plain"], routing["test-gates"], trunk["test-block"] = Plain, Gates, Block
+    yield
+    del routing["test-plain"], routing["test-gates"], trunk["test-block"]
+
+
+def test_a_routing_without_couplings(others, tmp_path):
+    "One line that says so; what needs none is drawn, at the end of a run too"
+    net = small_net(routing="test-plain")
+    ds = images(net, 8)
+    for draw in (couplings_figure, voters_figure, lengths_figure, winner_share):
+        with pytest.raises(ValueError, match="routing='?test-plain'?: has no couplings") as e: draw(net, ds.x[:1])
+        assert "\n" not in str(e.value)
+    save(reconstruction_figure(net, ds.x, ds.y))
+    save(overlap_figure(net, ds.x[:1], torch.tensor([[1, 2]])))
+    assert [p.name for p in save_training_figures(net, ds, tmp_path)] == ["reconstructions.png", "dimensions.png"]
+
+
+def test_a_routing_without_votes(others, tmp_path):
+    net = small_net(routing="test-gates")
+    ds = images(net, 8)
+    assert routing_view(net, ds.x).support is None
+    for draw in (couplings_figure, lengths_figure): save(draw(net, ds.x[0]))
+    assert torch.allclose(winner_share(net, ds.x).share, torch.full((8,), .1))
+    with pytest.raises(ValueError, match="routing='?test-gates'?: has no votes"): voters_figure(net, ds.x[0])
+    assert len(save_training_figures(net, ds, tmp_path)) == 3
+
+
+def test_another_trunk(others, tmp_path):
+    "Norms stay as they were, although the network is in training mode; places lie where they look"
+    net = small_net(trunk="test-block", kernel=3, height=16, width=20, conv_channels=6).train()
+    ds = images(net, 8)
+    before = {k: v.clone() for k,v in net.state_dict().items()}
+    assert receptive_field(net) == (Field(-2, 2, 7),)*2
+    for draw in (couplings_figure, voters_figure, lengths_figure): save(draw(net, ds.x[0]))
+    assert len(save_training_figures(net, ds, tmp_path)) == 3
+    assert net.training and all(before[k].equal(v) for k,v in net.state_dict().items())
+
+
+def test_layers_in_between(tmp_path):
+    "The couplings are those of the class layer, and the bar says whose; a map of places is refused"
+    net = small_net(layers=((12, 5), (7, 4)))
+    ds = images(net, 8)
+    view = routing_view(net, ds.x)
+    assert view.c.shape == (3, 8, 10, 7, 1, 1)
+    caps,trace = net.trace(ds.x.float()/255)
+    torch.testing.assert_close(view.c[..., 0, 0], trace.c.transpose(2, 3).detach())
+    s = view.support.sum((3, 4, 5))
+    torch.testing.assert_close(s**2/(1+s**2), view.lengths, atol=1e-5, rtol=1e-4)
+    fig = couplings_figure(net, ds.x[0])
+    assert any("coupling of capsules of layer 2" in ax.get_ylabel() for ax in fig.axes)
+    save(fig)
+    with pytest.raises(ValueError, match="layers=.*stand on no grid"): voters_figure(net, ds.x[0])
+    assert len(save_training_figures(net, ds, tmp_path)) == 3
+
+
+def test_the_winners_share():
+    "By hand, from the trace; in batches as at once"
+    net = small_net()
+    x = images(net, 7).x
+    won = winner_share(net, x, batch_size=3)
+    caps,trace = net.trace(x.float()/255)
+    for i in range(7):
+        winner = int(lengths(trace.v[-1, i]).argmax())
+        to = trace.c[-1, i, :, winner].detach()
+        assert won.winner[-1, i] == winner == caps.activation[i].argmax()
+        assert math.isclose(won.share[i], to.mean(), rel_tol=1e-4)
+        assert math.isclose(won.largest[i], (to == trace.c[-1, i].amax(1)).float().mean(), abs_tol=1e-6)
+    for r in range(1, 4):
+        fewer = small_net(n_iters=r)
+        assert fewer(x.float()/255).lengths.argmax(1).equal(won.winner[r-1])
 
 
 # The meaning of a dimension
@@ -275,7 +382,7 @@ def test_reconstructions_are_those_of_the_two_capsules():
     axes = np.array(fig.axes).reshape(3, 6)
     for i in range(6):
         np.testing.assert_allclose(gray_of(axes[1, i]), net.decoder(mask_capsules(out.poses, target)).detach()[i, 0], atol=1e-6)
-        assert axes[2, i].axison == (i == 2)
+        assert len(axes[2, i].images) == (i == 2)
     np.testing.assert_allclose(gray_of(axes[2, 2]), out.recon.detach()[2, 0], atol=1e-6)
     assert axes[0, 2].get_title() == f"{int(target[2])}\nnamed {int(pred[2])}" and axes[0, 0].get_title() == f"{int(target[0])}\n"
     assert len(reconstruction_figure(net, ds.x, pred).axes) == 12            # nothing wrong, no third row
@@ -373,35 +480,35 @@ def test_a_finished_run_survives_its_pictures(tmp_path, capsys):
 net = small_net()
 x = images(net).x
 BAD = {
-    "no network": (lambda: couplings_figure(3, x[0]), "net must be a CapsNet or a Run, got int"),
-    "no decoder": (lambda: dimension_figure(small_net(decoder=None), x[0]), "net has no decoder"),
-    "no decoder, recon": (lambda: reconstruction_figure(small_net(decoder=None), x, torch.zeros(6)), "net has no decoder"),
-    "no decoder, files": (lambda: save_training_figures(small_net(decoder=None), images(net), "nowhere"), "net has no decoder"),
-    "shape": (lambda: voters_figure(net, torch.zeros(1, 28, 28)), "images must be (n, 1, 14, 14), got (1, 28, 28)"),
-    "dtype": (lambda: lengths_figure(net, x.long()), "images must be uint8 or floating point, got torch.int64"),
-    "type": (lambda: lengths_figure(net, x.numpy()), "images must be a tensor, got ndarray"),
-    "none": (lambda: lengths_figure(net, x[:0]), "images must be at least one"),
-    "too many": (lambda: lengths_figure(net, torch.cat([x, x])), "images must be at most 6"),
-    "too many, recon": (lambda: reconstruction_figure(net, x.repeat(3, 1, 1, 1), torch.zeros(18, dtype=torch.long)), "images must be at most 16"),
-    "two images": (lambda: couplings_figure(net, x[:2]), "image must be one image, got 2"),
-    "target": (lambda: reconstruction_figure(net, x[:1], torch.tensor([10])), "target must be a class from 0 to 9, got 10"),
-    "which": (lambda: couplings_figure(net, x[0], 10), "which must be a class from 0 to 9, got 10"),
-    "which kind": (lambda: couplings_figure(net, x[0], 1.), "which must be a class index, got 1.0"),
-    "which of some": (lambda: voters_figure(net, x[0], [3, -1]), "which must be a class from 0 to 9, got -1"),
-    "poses": (lambda: dimension_pictures(net, torch.zeros(10, 16)), "poses must have shape (10, 6), got (10, 16)"),
-    "offsets": (lambda: dimension_pictures(net, torch.zeros(10, 6), 0, [math.nan]), "offsets must be some finite numbers"),
-    "labels": (lambda: overlap_figure(net, x[:2], torch.zeros(2, dtype=torch.long)), "labels must be (2, 2), got (2,)"),
-    "label": (lambda: overlap_figure(net, x[:1], torch.tensor([[0, 11]])), "labels must be a class from 0 to 9, got 11"),
-    "names": (lambda: lengths_figure(net, x[:1], ("a",)), "classes must be 10 names, got 1"),
-    "counts": (lambda: confusion_figure([[1]], ("a", "b")), "counts must be (2, 2) for 2 classes, got (1, 1)"),
-    "history": (lambda: history_figure([]), "history must be a run or its rows"),
-    "history rows": (lambda: history_figure([dict(epoch=1)]), "history must be a run or its rows"),
-    "factors": (lambda: capsule_meaning(net, images(net)), "images have no factors"),
+    "no network": (lambda: couplings_figure(3, x[0]), "net=3: must be a CapsNet or a Run, got int"),
+    "no decoder": (lambda: dimension_figure(small_net(decoder=None), x[0]), "no decoder"),
+    "no decoder, recon": (lambda: reconstruction_figure(small_net(decoder=None), x, torch.zeros(6).long()), "no decoder"),
+    "no decoder, files": (lambda: save_training_figures(small_net(decoder=None), images(net), "nowhere"), "no decoder"),
+    "shape": (lambda: voters_figure(net, torch.zeros(1, 28, 28)), "must have shape (any, 1, 14, 14)"),
+    "dtype": (lambda: lengths_figure(net, x.long()), "must hold floating point numbers"),
+    "type": (lambda: lengths_figure(net, x.numpy()), "must be a tensor"),
+    "none": (lambda: lengths_figure(net, x[:0]), "images=uint8 (0, 1, 14, 14): must be 1 to 6"),
+    "too many": (lambda: lengths_figure(net, torch.cat([x, x])), "must be 1 to 6"),
+    "too many, recon": (lambda: reconstruction_figure(net, x.repeat(3, 1, 1, 1), torch.zeros(18, dtype=torch.long)), "must be 1 to 16"),
+    "two images": (lambda: couplings_figure(net, x[:2]), "images=uint8 (2, 1, 14, 14): must be one image"),
+    "target": (lambda: reconstruction_figure(net, x[:1], torch.tensor([10])), "target=10: must be a class from 0 to 9"),
+    "which": (lambda: couplings_figure(net, x[0], 10), "which=10: must be at most 9"),
+    "which kind": (lambda: couplings_figure(net, x[0], 1.), "which=1.0: must be a whole number"),
+    "which of some": (lambda: voters_figure(net, x[0], [3, -1]), "which=-1: must be at least 0"),
+    "poses": (lambda: dimension_pictures(net, torch.zeros(10, 16)), "poses=float32 (10, 16): must have shape (10, 6)"),
+    "offsets": (lambda: dimension_pictures(net, torch.zeros(10, 6), 0, [math.nan]), "offsets=[nan]: must be some finite numbers"),
+    "labels": (lambda: overlap_figure(net, x[:2], torch.zeros(2, dtype=torch.long)), "labels=int64 (2,): must have shape (2, 2)"),
+    "label": (lambda: overlap_figure(net, x[:1], torch.tensor([[0, 11]])), "labels=11: must be a class from 0 to 9"),
+    "names": (lambda: lengths_figure(net, x[:1], ("a",)), "classes=('a',): must be 10 names"),
+    "counts": (lambda: confusion_figure([[1]], ("a", "b")), "counts=(1, 1): must be (2, 2) for 2 classes"),
+    "history": (lambda: history_figure([]), "must be a run or its rows"),
+    "history rows": (lambda: history_figure([dict(epoch=1)]), "must be a run or its rows"),
+    "factors": (lambda: capsule_meaning(net, images(net)), "have no factors"),
     "too few": (lambda: measure_meaning(torch.zeros(20, 16), torch.zeros(20, dtype=torch.long), torch.zeros(20, 1), "a", ("cat",)), "class cat has 20 images"),
-    "nan": (lambda: measure_meaning(torch.full((9, 1), math.nan), torch.zeros(9, dtype=torch.long), torch.zeros(9, 1), "a"), "must be finite, got NaN"),
-    "class to show": (lambda: meaning_figure(measure_meaning(torch.rand(9, 1), torch.zeros(9, dtype=torch.long), torch.rand(9, 1), "a"), [4]), "classes must be some of 0, got '4'"),
+    "nan": (lambda: measure_meaning(torch.full((9, 1), math.nan), torch.zeros(9, dtype=torch.long), torch.zeros(9, 1), "a"), "must be finite"),
+    "class to show": (lambda: meaning_figure(measure_meaning(torch.rand(9, 1), torch.zeros(9, dtype=torch.long), torch.rand(9, 1), "a"), [4]), "classes='4': must be one of 0"),
     "ending": (lambda: save_figure(vis.new_figure(1, 1)[0], "a.jpg"), "path='a.jpg': must end in .png, .pdf or .svg"),
-    "data": (lambda: save_training_figures(net, x, "nowhere"), "data must be an ImageData or an ImageSet, got Tensor"),
+    "data": (lambda: save_training_figures(net, x, "nowhere"), "must be an ImageData or an ImageSet, got Tensor"),
 }
 
 @pytest.mark.parametrize("case", BAD)

@@ -13,12 +13,12 @@ state.names.forEach((name, k) => make("option", {value: k, textContent: name}, k
 for (let k = 0; k < state.images; k++) make("option", {value: k, textContent: k + 1}, which);
 const rows = Array.from({length: state.dims}, (_, d) => {
   const row = make("div", {className: "row"}, document.getElementById("rows"));
-  make("label", {htmlFor: `dim-${d + 1}`, textContent: d + 1}, row).setAttribute("aria-label", `dimension ${d + 1}`);
-  const input = make("input", {id: `dim-${d + 1}`, type: "range", min: -state.reach, max: state.reach, step: state.step, value: 0}, row);
-  const output = make("output", {}, row), hint = make("span", {id: `hint-${d + 1}`, className: "hint"}, row);
+  make("label", {htmlFor: `dim-${d}`, textContent: d}, row).setAttribute("aria-label", `dimension ${d}`);
+  const input = make("input", {id: `dim-${d}`, type: "range", min: -state.reach, max: state.reach, step: state.step, value: 0}, row);
+  const output = make("output", {}, row), hint = make("span", {id: `hint-${d}`, className: "hint"}, row);
   output.setAttribute("for", input.id);
   output.setAttribute("aria-live", "off");
-  input.setAttribute("aria-label", `dimension ${d + 1}`);
+  input.setAttribute("aria-label", `dimension ${d}`);
   input.setAttribute("aria-describedby", hint.id);
   input.addEventListener("input", show);
   return {input, output, hint};

@@ -53,7 +53,7 @@ async function render({model, el}) {
   const show = () => draw(canvas, picture(...chosen(), sliders.map(s => s.get("value"))), state.shape);
   let soon = false;                                            // a reset moves them all: draw once
   const later = () => { if (!soon) { soon = true; queueMicrotask(() => { soon = false; show(); }); } };
-  const voice = speak(sliders, d => `dimension ${d + 1}, ${state.hints[kind.get("index")][d]}`);
+  const voice = speak(sliders, d => `dimension ${d}, ${state.hints[kind.get("index")][d]}`);
   const choose = () => {
     const text = caption(state, ...chosen());
     line.textContent = text;
