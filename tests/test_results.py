@@ -240,12 +240,12 @@ def test_reproduce_shows_without_training(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("args,line", [
     ([], "capsule_reproduce: TABLE: is missing"),
-    (["tabel1"], "capsule_reproduce: TABLE tabel1: must be one of table1, multimnist, affnist, routing; did you mean table1?"),
+    (["tabel1"], "capsule_reproduce: TABLE: 'tabel1' is not one of 'table1', 'multimnist', 'affnist', 'routing'"),
     (["table1", "--rows", "r3,r7"], "capsule_reproduce: --rows r7: must be one of baseline, r1, r1-recon, r3, r3-recon"),
-    (["table1", "--seeds", "1,x"], "capsule_reproduce: --seeds x: must be a whole number"),
-    (["table1", "--seeds", "-1"], "capsule_reproduce: --seeds -1: must be a whole number"),
-    (["table1", "--recipe", "slow"], "capsule_reproduce: --recipe slow: must be one of paper, fast"),
-    (["table1", "--epochs", "0"], "capsule_reproduce: --epochs 0: must be a whole number, 1 or more")])
+    (["table1", "--seeds", "1,x"], "capsule_reproduce: --seeds: 'x' is not a valid integer"),
+    (["table1", "--seeds", "-1"], "capsule_reproduce: --seeds: -1 is not in the range"),
+    (["table1", "--recipe", "slow"], "capsule_reproduce: --recipe: 'slow' is not one of 'paper', 'fast'"),
+    (["table1", "--epochs", "0"], "capsule_reproduce: --epochs: 0 is not in the range x>=1")])
 def test_reproduce_refuses_in_one_line(tmp_path, capsys, monkeypatch, args, line):
     monkeypatch.chdir(tmp_path)
     assert run_verb(capsule_reproduce, args) == 2
