@@ -8,7 +8,6 @@ __all__ = ['MARGIN', 'PLACE_SEED', 'AFFINE_SEED', 'RANGES', 'AFFINE_CAPSNET', 'A
            'affine_table']
 
 # %% ../nbs/15_affine.ipynb #imports
-import math
 import numpy as np
 import torch
 from torch import Tensor

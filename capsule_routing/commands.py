@@ -27,6 +27,7 @@ class Listed(click.ParamType):
     "Values with commas between, or with another sign; a tuple."
     name = "list"
     def __init__(self, each, sign=","): self.each,self.sign = each,sign
+    def get_metavar(self, param, ctx=None): return "|".join(getattr(self.each, "choices", "A"))+self.sign+"..."
     def convert(self, value, param=None, ctx=None):
         return tuple(self.each.convert(v.strip(), param, ctx) for v in value.split(self.sign))
 
@@ -350,7 +351,8 @@ def capsule_train(*,
 ):
     "Train a capsule network and keep it in a run folder."
     from capsule_routing.machine import processes
-    s = dict(out=out, resume=resume, recipe=recipe, patience=patience, import_=import_, no_cuda=no_cuda, quiet=quiet, **more)
+    s = dict(out=out, resume=resume, recipe=recipe, patience=patience, import_=import_, no_cuda=no_cuda, quiet=quiet)
+    s |= more
     newest = [f"; the newest is {p.parent}" for p in sorted(Path("runs").glob("*/last.*"), key=os.path.getmtime)[-1:]]
     if resume and not out: raise BadValue("resume", None, "needs --out RUN, the run to go on with"+"".join(newest))
     if out and not resume and Path(out, "config.json").exists():
@@ -378,7 +380,8 @@ def _train(s, cfg, rank, world):
     stop = [callbacks.EarlyStopping(s["patience"])] if s["patience"] else []
     again = _launch(world)+shlex.join(["capsule_train", "--resume", "--out", str(path)])
     with _Reporter(data.name, s["quiet"], f"; go on with: {again}") as reporter:
-        history = training.fit(net, data, cfg, path, s["resume"], device, reporter, dict(settings=keep), callbacks=stop)
+        history = training.fit(net, data, cfg, path, s["resume"], device, reporter, dict(settings=keep),
+                               callbacks=stop)
     if not rank: _summary(s, data, history, path, device, world, _pictures(net, data, path))
     return history
 
@@ -398,7 +401,8 @@ def _announce(s, data, net, path):
     k,shape = len(data.train.classes),"x".join(map(str, data.train.image_shape))
     iters = f"{net.cfg.n_iters} routing iterations, " if net.cfg.n_iters else ""
     _say(data=f"{data.name}: {len(data.train):,} training and {len(data.test):,} test images, {shape}, {k} classes",
-         network=f"{count_params(net):,} parameters, {iters}with{'' if net.cfg.decoder else 'out'} reconstruction", run=path)
+         network=f"{count_params(net):,} parameters, {iters}with{'' if net.cfg.decoder else 'out'} reconstruction",
+         run=path)
 
 def _pictures(net, data, path):
     "Write the pictures of a finished run; their paths, none where that fails"
@@ -454,15 +458,18 @@ def _test_data(r, s, named):
     name = want.get("dataset") or ("folder" if want.get("folder") else None)
     if name not in DATASETS: raise BadValue("dataset", name, "can't be loaded; name data with --dataset or --folder")
     data = _data(**dict(seed=0) | _only(_data, want) | dict(limit=None, quiet=s.get("json")))
-    check_fits(r.net, data)
+    arg,value = ("folder", want["folder"]) if name == "folder" else ("dataset", name)
+    try: check_fits(r.net, data)
+    except BadValue as e: raise BadValue(arg, value, f"{e.why}, in {r.path}") from None
     mine,theirs = list(data.test.classes),about.get("classes")
     if theirs and mine != theirs:
         few = [", ".join(names[:3])+"…"*(len(names) > 3) for names in (mine, theirs)]
-        raise BadValue("folder", want.get("folder"), f"its classes are {few[0]}, those of {r.path} are {few[1]}")
+        raise BadValue(arg, value, f"its classes are {few[0]}, those of {r.path} are {few[1]}")
     return data._replace(note=about.get("note")) if name == own.get("dataset") == "glyphs" else data
 
 # %% ../nbs/18_commands.ipynb #capsule-evaluate
-@verb("capsule_evaluate runs/mnist-1", {_data: "data_dir folder test_folder size channels", capsule_train: "import_ no_cuda"})
+@verb("capsule_evaluate runs/mnist-1",
+      {_data: "data_dir folder test_folder size channels", capsule_train: "import_ no_cuda"})
 def capsule_evaluate(
     run:str, *,            # Run folder, or mnist for the network in the package
     weights:str="last",    # The last weights, or the best, which were picked by their test errors
@@ -547,7 +554,8 @@ def _show_predictions(found, x, picture, invert):
 
 # %% ../nbs/18_commands.ipynb #capsule-explore
 @verb("capsule_explore runs/mnist-1 --out sliders.html --no-open",
-      {_data: "data_dir folder test_folder size channels", capsule_train: "import_"}, images=IntRange(1, 1000), out=Place(".html"))
+      {_data: "data_dir folder test_folder size channels", capsule_train: "import_"},
+      images=IntRange(1, 1000), out=Place(".html"))
 def capsule_explore(
     run:str=None, *,       # Run folder; without it the network in the package
     out:str=None,          # The page, an .html file; without it explore.html in the run folder, or here
@@ -582,9 +590,10 @@ def capsule_explore(
 # %% ../nbs/18_commands.ipynb #capsule-bench
 @verb("capsule_bench --parts step,routing --out speed.json",
       {TrainConfig: "batch_size threads", capsule_train: "no_cuda",
-       _network: "conv_channels primary_types primary_size class_size decoder_widths"}, parts=Listed(Choice(BENCH_PARTS)), out=Place(".json"))
+       _network: "conv_channels primary_types primary_size class_size decoder_widths"},
+      parts=Listed(Choice(BENCH_PARTS)), n=IntRange(1, 10**4), out=Place(".json"))
 def capsule_bench(*,
-    parts:str=None, # With commas between: limits, step, shares, routing, inference, growth, epoch, epoch_compiled; without it all, but the epochs only on a GPU
+    parts:str=None, # With commas between; without it all, but the epochs only on a GPU
     n:int=7,        # Turns of each contender
     out:str=None,   # JSON file for all numbers; must not exist
     **s,
@@ -614,7 +623,8 @@ def capsule_bench(*,
 @verb("capsule_reproduce table1 --recipe fast --seeds 1",
       {_data: "data_dir limit", capsule_train: "no_cuda quiet",
        TrainConfig: "precision compile threads deterministic log_interval checkpoint_minutes"},
-      rows=Listed(click.STRING), seeds=Listed(TYPES["seed"]), dataset=Choice(("mnist", "fashion_mnist", "kmnist", "glyphs")))
+      rows=Listed(click.STRING), seeds=Listed(TYPES["seed"]),
+      dataset=Choice(("mnist", "fashion_mnist", "kmnist", "glyphs")))
 def capsule_reproduce(
     table:str, *,          # table1, multimnist, affnist or routing
     rows:str=None,         # Names of rows with commas between; without it all

@@ -16,7 +16,7 @@ from typing import Callable, NamedTuple, Optional, Union
 import torch
 from .checks import one_of
 from .registry import table, task
-from .capsnet import CapsConfig, caps_config
+from .capsnet import caps_config
 from .baselines import BaselineConfig, config_from_dict
 from .data import load_data
 from .machine import pick_compile, pick_device, pick_precision

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STAGES', 'WAYS', 'ALONE', 'CODE', 'KINDS', 'GROWTH', 'PARTS', 'TITLES', 'EinsumCaps', 'BroadcastCaps', 'ScriptCaps',
            'staged_net', 'some_batch', 'manage_memory', 'staged_step', 'alternate', 'spread', 'PeakBytes', 'peak_bytes',
-           'has_bf16', 'machine', 'machine_limits', 'step_flop', 'compared', 'bench_step', 'stand_alone', 'Alone',
+           'native_bf16', 'machine', 'machine_limits', 'step_flop', 'compared', 'bench_step', 'stand_alone', 'Alone',
            'bench_script', 'step_parts', 'bench_shares', 'bench_routing', 'bench_inference', 'bench_growth',
            'bench_epoch', 'run_bench', 'script_ratios', 'contest', 'bench_table', 'speed_results']
 
@@ -22,11 +22,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+
+# %% ../nbs/16_speed.ipynb #imports-own
 from . import __version__
 from .checks import one_of, whole
 from .registry import routing
 from .squash import lengths, squash
 from .routing import votes, route
+from .factored import has_bf16
 from .fourier import keep_freed_memory
 from .layers import CapsuleLayer, DynamicRouting, by_length
 from .losses import capsule_loss
@@ -164,18 +167,16 @@ def peak_bytes(f) -> int:
     return m.peak
 
 # %% ../nbs/16_speed.ipynb #machine
-def has_bf16(device='cpu') -> bool:
-    "Does the machine multiply bfloat16 natively?"
-    if torch.device(device).type == 'cuda': return torch.cuda.is_bf16_supported(False)
-    asks = [getattr(torch.cpu, f'_is_{o}_supported', None) for o in ('avx512_bf16', 'amx_tile')]
-    return any(f is not None and f() for f in asks)
+def native_bf16(device='cpu') -> bool:
+    "Does the device multiply bfloat16 natively?"
+    return torch.cuda.is_bf16_supported(False) if torch.device(device).type == 'cuda' else has_bf16()
 
 def machine(device='cpu') -> dict:
     "What a reader must know to compare: device, threads, instructions and versions."
     return dict(
         device=device_name(torch.device(device)), kind=torch.device(device).type, cores=os.cpu_count(),
         threads=torch.get_num_threads(), capability=torch.backends.cpu.get_cpu_capability(),
-        bf16=has_bf16(device), torch=torch.__version__, python=platform.python_version(),
+        bf16=native_bf16(device), torch=torch.__version__, python=platform.python_version(),
         capsule_routing=__version__, system=platform.system(), date=f'{datetime.now(timezone.utc):%Y-%m-%d}')
 
 def machine_limits(device='cpu') -> dict:
@@ -240,7 +241,7 @@ class Alone(subprocess.Popen):
 # %% ../nbs/16_speed.ipynb #bench-script-itself
 def bench_script(cfg=CapsConfig(), batch_size=128, n=7, device='cpu') -> dict:
     "A training step of the well-known script, of einsum and of ours, each in a process of its own."
-    rest,bf16 = (cfg.to_dict(), batch_size, str(device), torch.get_num_threads()),has_bf16(device)
+    rest,bf16 = (cfg.to_dict(), batch_size, str(device), torch.get_num_threads()),native_bf16(device)
     gpu = torch.device(device).type == 'cuda'                      # whose memory is kept by PyTorch
     ways = {k: w for k,w in ALONE.items() if (bf16 or w[2] == 'fp32') and not (gpu and 'kept' in k)}
     with ExitStack() as stack:
@@ -340,7 +341,7 @@ def run_bench(parts=PARTS[:-2], n=7, batch_size=128, device='cpu', cfg=CapsConfi
         for p in parts:
             say(f"measuring {p} …")
             res[p] = todo[p]()
-            if p == 'step' and has_bf16(device): res['step_bf16'] = step(('plain', 'memory kept'), 'bf16')
+            if p == 'step' and native_bf16(device): res['step_bf16'] = step(('plain', 'memory kept'), 'bf16')
     finally: keep_freed_memory(False)
     return res
 

@@ -24,11 +24,9 @@ def pytest_collection_modifyitems(items):
 
 
 def command_line(verb, *args):
-    "A verb as a process: the console script beside this Python, else the function behind it"
-    script = Path(sys.executable).parent/verb
+    "A verb as a process: what its console script does, of this checkout whatever is installed"
     code = f"import sys; from capsule_routing.commands import {verb}; sys.exit({verb}.main())"
-    start = [str(script)] if script.exists() else [sys.executable, "-c", code]
-    return [*start, *map(str, args)]
+    return [sys.executable, "-c", code, *map(str, args)]
 
 
 @pytest.fixture(scope="session")

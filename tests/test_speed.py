@@ -14,7 +14,7 @@ from capsule_routing.fourier import FourierConv2d, conv_plan, fourier_conv2d
 from capsule_routing.layers import DynamicRouting, by_length
 from capsule_routing.routing import route, votes
 from capsule_routing.speed import (ALONE, PARTS, STAGES, Alone, BroadcastCaps, EinsumCaps, PeakBytes, ScriptCaps, alternate, bench_growth,
-                                   bench_script, bench_table, has_bf16, machine, peak_bytes, run_bench, script_ratios, speed_results,
+                                   bench_script, bench_table, native_bf16, machine, peak_bytes, run_bench, script_ratios, speed_results,
                                    staged_net, step_flop)
 from capsule_routing.squash import squash
 
@@ -327,10 +327,11 @@ def test_the_script_is_dynamic_routing_with_four_passes_and_learnt_priors():
     assert isinstance(staged_net("script", TINY).digit, ScriptCaps) and staged_net("script", TINY).digit.n_iters == 3
 
 
+@pytest.mark.slow
 def test_contenders_run_in_processes_of_their_own_whose_allocator_nobody_touches(monkeypatch):
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "0")
     r = bench_script(TINY, 3, n=2)
-    names = [k for k in ALONE if has_bf16() or "bf16" not in k]
+    names = [k for k in ALONE if native_bf16() or "bf16" not in k]
     assert list(r["seconds"]) == list(r["peak_bytes"]) == names and all(v["n"] == 2 for v in r["seconds"].values())
     with Alone("script", False, "fp32", TINY.to_dict(), 2, "cpu", 1) as p:
         assert p() > 0
