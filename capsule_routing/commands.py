@@ -351,8 +351,8 @@ def capsule_train(*,
 ):
     "Train a capsule network and keep it in a run folder."
     from capsule_routing.machine import processes
-    s = dict(out=out, resume=resume, recipe=recipe, patience=patience, import_=import_, no_cuda=no_cuda, quiet=quiet)
-    s |= more
+    s = more | dict(out=out, resume=resume, recipe=recipe, patience=patience, import_=import_, no_cuda=no_cuda,
+                    quiet=quiet)
     newest = [f"; the newest is {p.parent}" for p in sorted(Path("runs").glob("*/last.*"), key=os.path.getmtime)[-1:]]
     if resume and not out: raise BadValue("resume", None, "needs --out RUN, the run to go on with"+"".join(newest))
     if out and not resume and Path(out, "config.json").exists():
@@ -638,6 +638,7 @@ def capsule_reproduce(
 ):
     "Run a table of the paper again and print it beside the paper's figures."
     from capsule_routing import checks, results
+    for module in ("multimnist", "affine"): importlib.import_module(f"capsule_routing.{module}")  # they have tables
     t = results.get_table(table)
     names = [r.name for r in t.rows]
     names = [checks.one_of("rows", r, names) for r in rows or names]

@@ -11,4 +11,5 @@ SCHEDULES = ("paper", "constant", "one_cycle")    # how the learning rate change
 PRECISIONS = ("auto", "fp32", "bf16")             # arithmetic of the network
 COMPILES = ("off", "on")                          # torch.compile?
 TABLE_NAMES = ("table1", "multimnist", "affnist", "routing") # of the paper, and one more
-BENCH_PARTS = ("limits", "step", "shares", "routing", "inference", "growth", "epoch", "epoch_compiled")
+BENCH_PARTS = ("limits", "script", "step", "shares", "routing", "inference",
+               "growth", "epoch", "epoch_compiled")

@@ -257,7 +257,7 @@ def refuse(path, mode, *a):            # the lock's open file keeps the kernel f
     return open(path, mode, *a)
 runs.open = refuse
 from capsule_routing.commands import capsule_train
-sys.exit(capsule_train())
+sys.exit(capsule_train.main())
 """
 
 
