@@ -177,10 +177,11 @@ def test_out_of_memory_names_the_options_that_help(capsys):
 
 
 def test_of_several_processes_the_first_speaks(capsys, monkeypatch):
+    from capsule_routing.callbacks import PeerLost
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert run_verb(failing(BadValue("lr", 3, "must be better")), []) == 2 and run_verb(failing(KeyboardInterrupt()), []) == 130
     assert capsys.readouterr().err == ""
-    assert run_verb(failing(OSError("process 1 of 2 lost another process")), []) == 2 and run_verb(failing(MemoryError()), []) == 2
+    assert run_verb(failing(PeerLost("process 1 of 2 lost another process")), []) == 2 and run_verb(failing(MemoryError()), []) == 2
     assert capsys.readouterr().err.count("\n") == 2
     with pytest.raises(KeyError): run_verb(failing(KeyError("x")), [])
 
@@ -464,7 +465,7 @@ def bad_inputs(t, run, images):
         (train("--size", "0"), "--size: 0 is not in the range"),
         (other("--folder", images/"sizes"), "--size: images differ in size", "give a size"),
         (other("--folder", images/"few"), f"--folder {images/'few'}: too few images to hold some out; give a test folder"),
-        ((capsule_bench, ["--parts", "step,rooting"]), "--parts: 'rooting' is not one of 'limits', 'step', "),
+        ((capsule_bench, ["--parts", "step,rooting"]), "--parts: 'rooting' is not one of 'limits', 'script', "),
         ((capsule_bench, ["--parts", "step,"]), "--parts", "is not one of"),
         ((capsule_bench, ["--out", t/"file"]), "--out", "does not end in .json"),
         ((capsule_bench, ["--out", run/"config.json"]), f"--out {run/'config.json'}: is there already; choose another file"),
