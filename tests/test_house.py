@@ -67,7 +67,22 @@ def test_no_line_over_120_columns():
 
 # The aims are 3,800 lines, 60 cells, and code cells of 25 lines. What is over them today may shrink and not grow.
 LINES = 5900
-LONG = dict(LONGTABLE)
+LONG = { # cells, lines of the longest code cell
+    '00_checks': (60, 28),
+    '01_routing': (64, 25),
+    '02_factored': (60, 49),
+    '02b_fourier': (60, 33),
+    '03_layers': (61, 33),
+    '06_capsnet': (67, 75),
+    '06b_baselines': (60, 37),
+    '08a_machine': (60, 26),
+    '08b_tasks': (60, 31),
+    '09b_callbacks': (60, 34),
+    '09c_settings': (60, 39),
+    '10_training': (60, 32),
+    '11_visualize': (98, 25),
+    '18_commands': (60, 37),
+}
 
 def test_modules_do_not_grow():
     n = {m:len(p.read_text(encoding='utf-8').splitlines()) for m,p in modules.items()}
