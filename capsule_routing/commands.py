@@ -638,7 +638,7 @@ def capsule_reproduce(
 ):
     "Run a table of the paper again and print it beside the paper's figures."
     from capsule_routing import checks, results
-    for module in ("multimnist", "affine"): importlib.import_module(f"capsule_routing.{module}")  # they have tables
+    for m in ("multimnist", "affine"): importlib.import_module(f"capsule_routing.{m}")  # they register their tables
     t = results.get_table(table)
     names = [r.name for r in t.rows]
     names = [checks.one_of("rows", r, names) for r in rows or names]
