@@ -36,8 +36,10 @@ class Sizes:
         d:dict, # As `to_dict` made it; missing sizes are the paper's
     ):
         "The config that `to_dict` wrote."
-        for k in d: one_of("config", k, [f.name for f in fields(cls)])
-        return cls(**d)
+        names = [f.name for f in fields(cls)]
+        return cls(**{one_of("config", k, names): v for k,v in d.items()})
+
+    def __hash__(self): return hash(json.dumps(self.to_dict(), sort_keys=True))
 
 # %% ../nbs/06_capsnet.ipynb #conv9
 @trunk("conv9")
@@ -84,7 +86,11 @@ class CapsConfig(Sizes):
     decoder:Optional[tuple]=(512,1024) # Hidden widths of the decoder; None for no reconstruction
     loss = "margin"              # What such a network is trained with (no field)
 
+    __hash__ = Sizes.__hash__    # options are dicts
+
     def __post_init__(self):
+        for k in ("trunk", "routing"):
+            if not isinstance(getattr(self, k), str): raise BadValue(k, getattr(self, k), "must be a registered name")
         for k in ("channels", "height", "width", "n_classes", "kernel", "stride", "n_types", "d_primary", "d_class"):
             object.__setattr__(self, k, whole(k, getattr(self, k), 2 if k == "n_classes" else 1))
         for k in ("trunk_options", "routing_options"):
@@ -157,10 +163,11 @@ def modern_sizes(
     "`conv_channels`, `kernel`, `n_iters`, `stop_grad` as options of the trunk and the routing."
     d = dict(d)
     def moved(into, usual, names):
-        told = {new: d[old] for old,new in names.items() if d.get(old, usual[new]) != usual[new]}
+        told = {new: d[old] for old,new in names.items() if old in d and repr(d[old]) != repr(usual[new])}
         if told: d[into] = {**told, **d.get(into, {})}
     usual = dict(channels=256, kernel=9, n_iters=3, stop_grad=False)
-    if "trunk" not in d: moved("trunk_options", usual, dict(conv_channels="channels", kernel="kernel"))
+    if "trunk" not in d or d["trunk"] == "conv9" and "conv_channels" in d:
+        moved("trunk_options", usual, dict(conv_channels="channels", kernel="kernel"))
     moved("routing_options", usual, dict(n_iters="n_iters", stop_grad="stop_grad"))
     return {k: v for k,v in d.items() if k not in ("conv_channels", "n_iters", "stop_grad")}
 
@@ -190,7 +197,9 @@ class CapsStack(nn.Module):
         def layer(n, m): return made("routing", routing[cfg.routing], *n, *m, **cfg.routing_options)
         *hidden,last = (layer(n, m) for n,m in zip(sizes, sizes[1:]))
         self.hidden,self.digit = nn.ModuleList(hidden),last
-        for m in (self.trunk, self.primary): m.to(memory_format=torch.channels_last) # how they lie in memory, no more
+        for m in (*self.trunk.modules(), *self.primary.modules()): # how they lie in memory, no more
+            w = m._parameters.get("weight") if isinstance(m, nn.Conv2d) else None
+            if w is not None: w.data = w.data.contiguous(memory_format=torch.channels_last)
 
     def capsules(self,
         x:Tensor,     # Images, `(b, c, h, w)`, from 0 to 1

@@ -96,7 +96,7 @@ class DynamicRouting(CapsuleLayer):
         self.priors = nn.Parameter(torch.zeros(n_in, n_out)) if flag("priors", priors) else None
 
     def forward(self, caps, trace=False):
-        "Vote and route (Eq. 2 and Procedure 1), in full precision under autocast too."
+        "Vote and route (Eq. 2 and Procedure 1); under autocast to bf16 on a CPU with its products in bf16."
         n_in,d_in,*_ = self.sizes
         u = floats("pose", caps.pose, (None, n_in, d_in))
         if not trace and self.priors is None:

@@ -512,7 +512,8 @@ def test_names_of_the_weights():
 
 # ---------- precision, compilation, devices ----------
 
-def test_autocast_rounds_neither_squash_nor_routing_nor_losses():
+def test_autocast_rounds_neither_squash_nor_couplings_nor_losses():
+    "And of the routing the products alone, on a CPU: half a percent of the poses, by norm; a trace is exact"
     net,x = net_and_images(CapsNet)
     y = torch.zeros(12).long()
     with torch.autocast("cpu", torch.bfloat16):
@@ -524,7 +525,8 @@ def test_autocast_rounds_neither_squash_nor_routing_nor_losses():
     u = squash(torch.randn(12, 72, 4))
     full = poses_of(net.digit, u)
     with torch.autocast("cpu", torch.bfloat16):
-        for trace in (False, True): close(poses_of(net.digit, u, trace), full, 1e-5)   # bfloat16 would be off by 1e-3
+        close(poses_of(net.digit, u, True), full, 1e-5)
+        assert (poses_of(net.digit, u) - full).norm() < 0.015*full.norm()
 
 def test_float64_stays_float64():
     net,x = net_and_images(CapsNet, b=2)

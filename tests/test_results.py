@@ -13,7 +13,8 @@ from capsule_routing.commands import capsule_reproduce, run_verb
 from capsule_routing.data import DataUnavailable, load_data
 from capsule_routing.decoder import mask_capsules
 from capsule_routing.pretrained import PRETRAINED, pretrained_net, pretrained_poses, pretrained_record
-import capsule_routing.affine, capsule_routing.multimnist  # noqa: F401  (they register their tables)
+import capsule_routing.affine, capsule_routing.multimnist  # they register their tables
+assert capsule_routing.affine and capsule_routing.multimnist
 from capsule_routing.registry import table
 from capsule_routing.results import (Row, Table, get_table, mean_deviation, read_results, run_name, run_row, same_kind, table_lines,
                                      table_rows)

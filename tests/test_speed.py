@@ -164,7 +164,7 @@ def test_a_gradient_penalty_is_the_plain_networks(ours, plain, make, wrt):
 
 def test_a_gradient_penalty_of_the_whole_network():
     torch.manual_seed(0)
-    cfg = CapsConfig(conv_channels=128, n_types=16, decoder=(16,))
+    cfg = caps_config(conv_channels=128, n_types=16, decoder=(16,))
     ours, plain = staged_net("memory kept", cfg).double(), staged_net("einsum routing", cfg).double()
     plain.load_state_dict(ours.state_dict())
     x, res = torch.rand(64, 1, 28, 28).double().requires_grad_(), []

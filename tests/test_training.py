@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 
-from capsule_routing import runs, training
+from capsule_routing import runs
 from capsule_routing.capsnet import CapsNet, caps_config
 from capsule_routing.callbacks import Watch
 from capsule_routing.checks import shown
