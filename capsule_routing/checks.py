@@ -8,8 +8,7 @@ __all__ = ['shown', 'BadValue', 'whole', 'number', 'one_of', 'flag', 'floats', '
 # %% ../nbs/00_checks.ipynb #imports
 import operator, reprlib
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Optional
-if TYPE_CHECKING: from torch import Tensor
+from typing import Optional
 
 # %% ../nbs/00_checks.ipynb #bad-value
 def shown(v) -> str:
@@ -65,7 +64,7 @@ def flag(field:str, value) -> bool:
     return value
 
 # %% ../nbs/00_checks.ipynb #floats
-def floats(field:str, x, shape:tuple) -> "Tensor":
+def floats(field:str, x, shape:tuple):
     "`x`, a floating-point tensor of that shape; None in `shape` is any size."
     from torch import Tensor
     if not isinstance(x, Tensor): raise BadValue(field, x, f"must be a tensor, got {type(x).__name__}")
@@ -75,12 +74,12 @@ def floats(field:str, x, shape:tuple) -> "Tensor":
         raise BadValue(field, x, f"must have shape ({sizes})")
     return x
 
-def can_look(x:"Tensor") -> bool:
+def can_look(x) -> bool:
     "May values be checked? On the CPU, outside `torch.compile`."
     import torch
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
-def class_indices(field:str, which, b:int, n:int) -> "Tensor":
+def class_indices(field:str, which, b:int, n:int):
     "`which`, `b` class indices from 0 to `n-1`."
     import torch
     if not isinstance(which, torch.Tensor):
