@@ -199,7 +199,7 @@ class CapsStack(nn.Module):
         self.hidden,self.digit = nn.ModuleList(hidden),last
         for m in (*self.trunk.modules(), *self.primary.modules()): # how they lie in memory, no more
             w = m._parameters.get("weight") if isinstance(m, nn.Conv2d) else None
-            if w is not None: w.data = w.data.contiguous(memory_format=torch.channels_last)
+            if w is not None: w.data = w.data.to(memory_format=torch.channels_last)
 
     def capsules(self,
         x:Tensor,     # Images, `(b, c, h, w)`, from 0 to 1

@@ -276,6 +276,7 @@ class Plain(nn.Conv2d):
 """
 
 
+@pytest.mark.slow
 def test_a_routing_and_a_trunk_of_ones_own(run_cmd, image_folder, tmp_path, seven):
     "Trained, gone on with and evaluated where its module is imported; refused in one line where it is not: a run folder imports nothing"
     (tmp_path/"my_routing.py").write_text(MINE)

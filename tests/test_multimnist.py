@@ -192,6 +192,7 @@ TWO = TrainConfig(epochs=2, batch_size=8, test_batch_size=4, threads=1, lr=3e-3,
 
 
 @pytest.mark.skipif(not torch.distributed.is_available() or os.name == "nt", reason="needs torch.distributed with gloo")
+@pytest.mark.slow
 def test_two_processes_train_as_one_and_count_every_composite_once(tmp_path):
     data = ImageData("pairs", glyph_pairs(60, 33), replace(glyph_pairs(40, 21), seed=6))
     history = fit(new_net(TINY, 1), data, TWO, tmp_path/"one", device="cpu")
