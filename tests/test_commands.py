@@ -348,7 +348,7 @@ def test_resume_evaluate_predict(own_run, run_cmd, seven):
     from PIL import Image
     for name in ("confusion.png", "mistakes.png"):
         im = Image.open(own_run.parent/"pictures"/name)
-        assert min(im.size) > 300 and len(im.convert("L").getcolors()) > 3
+        assert min(im.size) > 200 and len(im.convert("L").getcolors()) > 3
         assert not (own_run/name).exists()
 
     p = no_traceback(run_cmd("capsule_predict", own_run, seven, seven))
@@ -379,7 +379,7 @@ def test_glyphs_where_mnist_cannot_be_had(run_cmd, tmp_path):
 @pytest.mark.slow
 def test_mnist_by_name_where_it_cannot_be_had(run_cmd, tmp_path):
     p = run_cmd("capsule_train", "--dataset", "mnist", "--data-dir", tmp_path/"d", *TINY, cwd=tmp_path)
-    one_line(p, "capsule_train: --dataset mnist: ", "--data-dir", "--dataset glyphs")
+    one_line(p, "capsule_train: MNIST: ", "--data-dir", "--dataset glyphs")
     assert not (tmp_path/"runs").exists()
 
 
@@ -387,7 +387,7 @@ def test_mnist_by_name_where_it_cannot_be_had(run_cmd, tmp_path):
 @pytest.mark.parametrize("name,code", [("SIGINT", 130), ("SIGTERM", 143)])
 def test_stopped_by_a_signal_and_gone_on(start_cmd, run_cmd, image_folder, tmp_path, name, code):
     import signal
-    p = start_cmd("capsule_train", *"--epochs 100000 --batch-size 8 --size 28 --channels 1 --no-cuda".split(), *TINY,
+    p = start_cmd("capsule_train", *"--epochs 30000 --batch-size 8 --size 28 --channels 1 --no-cuda".split(), *TINY,
                   "--folder", image_folder/"train", "--out", tmp_path/"run")
     for line in p.stdout:
         if line.startswith("epoch 2/"): break

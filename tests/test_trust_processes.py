@@ -146,7 +146,7 @@ def launch(cmd_env, image_folder, tmp_path):
         line = [torchrun(), "--standalone", "--nproc_per_node=2", "--no-python", "sh", "noted.sh", *command_line("capsule_train", *args)]
         launchers.append(subprocess.Popen(line, env=cmd_env, cwd=tmp_path, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
         return launchers[-1]
-    start.new = [*"--size 28 --channels 1 --batch-size 8 --with_reconstruction --no-cuda --checkpoint-steps 1 --epochs 100000".split(), *SMALL,
+    start.new = [*"--size 28 --channels 1 --batch-size 8 --with_reconstruction --no-cuda --checkpoint-steps 1 --epochs 30000".split(), *SMALL,
                  "--folder", image_folder/"train", "--test-folder", image_folder/"test", "--out", tmp_path/"run"]
     yield start
     for p in launchers:
