@@ -580,6 +580,7 @@ def capsule_explore(
         page = explore.explorer_page(r.net, explore.image_poses(r.net, test, images), test.classes, images,
                                      f"What a capsule sees: {r.path.resolve().name}")
     path = Path(out or Path(run or ".", "explore.html"))
+    if path.is_dir(): raise IsADirectoryError(21, "Is a directory", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     runs.write_atomic(path, page.encode())
     _say(page=f"{path}, {path.stat().st_size/1e6:.1f} MB")
