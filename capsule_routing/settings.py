@@ -31,7 +31,7 @@ class TrainConfig:
     shift:int=2               # Largest random shift of a training image, in pixels
     recon_weight:float=0.0005 # Weight of the reconstruction loss, a sum of squares
     seed:int=1                # Decides first weights, order and shifts
-    precision:str="auto"      # Arithmetic of the network; auto is bf16 on a GPU that has it, else fp32
+    precision:str="auto"      # Arithmetic of the products; auto is bf16 where GPU or processor has it
     deterministic:bool=False  # The same weights again on a GPU too (the CPU needs no flag)
     threads:Optional[int]=None # CPU threads; without it torch's number, which is recorded
     compile:str="off"         # on is torch.compile, on a GPU with CUDA graphs; pays in long runs
