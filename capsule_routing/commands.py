@@ -9,6 +9,7 @@ __all__ = ['TYPES', 'FREE', 'Listed', 'Options', 'Named', 'Place', 'given', 'ver
 # %% ../nbs/18_commands.ipynb #imports
 import importlib, inspect, os, re, shlex, sys, time, traceback
 from contextvars import ContextVar
+from dataclasses import replace
 from functools import wraps
 from json import dumps, loads
 from pathlib import Path
@@ -486,6 +487,7 @@ def capsule_evaluate(
     out:str=None,          # Folder for the two pictures; without it the run folder
     batch_size:int=1000,   # Images at once
     precision:str=None,    # Arithmetic of the network; without it the run's own
+    over_shifts:int=None,  # Beside the plain figure: the mean of all answers to shifts by so many pixels
     json:bool=False,       # Print one JSON object instead of text
     **shared,
 ):
@@ -501,6 +503,10 @@ def capsule_evaluate(
     files = [str(vis.save_figure(f, folder/f"{k}.png")) for k,f in figures.items()]
     found = dict(run=str(run), weights=weights, data=data.name, n=ev.n, n_errors=ev.n_errors, accuracy=ev.accuracy,
                  loss=ev.loss, classes=list(classes), confusion=counts.tolist(), pictures=files)
+    if over_shifts:
+        how = replace(tasks.task_for(net, data.test), forward=tasks.over_shifts(over_shifts))
+        several = tasks.evaluate(net, data.test, batch_size, precision, task=how)
+        found["over_shifts"] = dict(shift=over_shifts, n_errors=several.n_errors, accuracy=several.accuracy)
     if json: print(dumps(found))
     else: _show_evaluation(r, data, found)
     return ev
@@ -513,6 +519,8 @@ def _show_evaluation(r, data, found):
     _say(run=f"{r.path}, {found['weights']} weights"+(f" after epoch {r.history[-1]['epoch']}" if r.history else ""),
          accuracy=_right(found["n_errors"], found["n"], data.name)+" test images", loss=f"{found['loss']:.4f}",
          mistakes=", ".join(f"{a} taken for {b} ({-m})" for m,a,b in wrong[:5]), pictures=", ".join(found["pictures"]))
+    if (s := found.get("over_shifts")):
+        print(f"apart, the mean over all shifts by up to {s['shift']}: {_right(s['n_errors'], found['n'], data.name)}")
 
 # %% ../nbs/18_commands.ipynb #capsule-predict
 @verb("capsule_predict runs/mnist-1 seven.png", {capsule_train: "import_ no_cuda"}, out=Place(".png", ".pdf", ".svg"))
