@@ -297,5 +297,5 @@ def load_data(
     except DataUnavailable:
         if name: raise
         data = _load('glyphs', *wish)._replace(note=f'MNIST is neither in {data_dir or default_data_dir()} '
-            'nor reachable: using glyphs, digits drawn from fonts, instead')
+            'nor reachable: using glyphs, digits drawn from fonts, instead (CAPSULE_ROUTING_DATA names another folder)')
     return data._replace(train=data.train.take(limit))

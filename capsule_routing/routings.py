@@ -13,7 +13,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Callable, NamedTuple, Optional
 import torch
-from . import __version__, attention, controls, efficient, em, selfrouting # they register
+from . import __version__, networks # registers its own
 from .affine import MARGIN, affine_set, padded_set, placed_set
 from .capsnet import count_params
 from .callbacks import Callback
@@ -40,15 +40,15 @@ def caps(name, **options): return lambda sizes: dict(routing=name, routing_optio
 
 def matrices(sizes): # The same feature maps, cut into poses as large as those of the classes
     n = sizes["n_types"]*sizes["d_primary"]//sizes["d_class"]
-    return dict(routing="em", n_types=n, d_primary=sizes["d_class"])
+    return dict(routing="em", routing_options=dict(n_iters=2), n_types=n, d_primary=sizes["d_class"])
 
 ROWS = [
     Row("uniform", "uniform: equal couplings, no routing", caps("uniform")),
     Row("dynamic-2", "dynamic, 2 iterations", caps("dynamic", n_iters=2)),
     Row("dynamic-3", "dynamic, 3 iterations", caps("dynamic", n_iters=3)),
-    Row("em", "EM, matrix poses", matrices),
+    Row("em", "EM, matrix poses, 2 iterations", matrices),
     Row("self", "self-routing", caps("self")),
-    Row("attention", "inverted dot-product attention", caps("attention")),
+    Row("attention", "inverted dot-product attention, 2 iterations", caps("attention")),
     Row("efficient", "self-attention of the votes", caps("efficient")),
     Row("shared", "one shared transformation, no routing", caps("shared")),
     Row("fc", "fully connected in place of votes", caps("fc")),
@@ -79,7 +79,7 @@ class Budget(NamedTuple):
     n_attack:int        # Test images that are attacked
     steps:int           # Of the stronger attack
     trial:tuple         # Images and epochs of a trial of the search
-    rates:tuple=(1e-3, 2e-3, 4e-3) # Learning rates to try, without decay
+    rates:tuple=(1e-3, 2e-3, 4e-3, 8e-3) # Learning rates to try, without decay
     decays:tuple=(0.1,) # Weight decays to try with the best of them
 
 def some_sizes(n_types, d_primary, d_class, **more):
@@ -89,7 +89,7 @@ BUDGETS = dict(
     tiny=Budget(some_sizes(2, 4, 4, trunk_options=dict(channels=4), stride=4, decoder=(8, 16)),
                 100, 50, 50, 2, 20, 20, 20, 2, (40, 1), (1e-3, 4e-3)),
     small=Budget(some_sizes(8, 8, 16, trunk_options=dict(channels=32), stride=3, decoder=(256, 512)),
-                 10_000, 2_000, 10_000, 5, 50, 2_000, 500, 10, (4_000, 2)),
+                 10_000, 2_000, 10_000, 6, 50, 2_000, 500, 10, (4_000, 2)),
     paper=Budget(some_sizes(32, 8, 16), 55_000, 5_000, 10_000, 50, 128, 10_000, 1_000, 40, (10_000, 3)))
 RADII = (0.02, 0.05, 0.1)   # of the attacks, for pixels from 0 to 1
 
@@ -157,7 +157,7 @@ def measures(net, b:Budget, im:Images) -> dict: # Name to figure, None where the
     got["affine"] = percent(1 - evaluate(net, im.affine, 500).accuracy)
     got["both"] = percent(both_named(net, im.pairs))
     few = im.test.take(b.n_attack)
-    if net.cfg.decoder:
+    if getattr(net, "decoder", None) is not None:
         clean,ours = (redrawn_error(predict(net, s), as_input(s.x, torch.device("cpu"))) for s in (im.data.test, few))
         level = alarm_level(clean)
         got["false"] = percent((ours > level).float().mean().item())

@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from . import __version__
 from .checks import BadValue, shown
 from .capsnet import Sizes
-from .baselines import build_net
+from .networks import build_net
 from .data import ImageData
 from .machine import (device_name, gather, in_precision, on_machine, peak_memory, pick_compile,
                                      pick_device, pick_precision, processes, rank_world, reduce_all)
@@ -224,7 +224,8 @@ def prepare(self:Trainer, ck:Optional[Checkpoint]):
     self.model = torch.compile(self.net, mode=mode) if c.compile == "on" else self.net
     if self.world > 1: self.model = nn.parallel.DistributedDataParallel(self.model)
     self.sessions.append(dict(
-        global_step=self.global_step, device=device_name(self.device), threads=torch.get_num_threads(),
+        global_step=self.global_step, device=device_name(self.device), precision=c.precision,
+        threads=torch.get_num_threads(),
         processes=self.world, torch=torch.__version__, capsule_routing=__version__))
     keeps = self.path is not None and self.rank == 0
     self.keeper = Checkpoints() if keeps else None
