@@ -93,6 +93,48 @@ export function fitDigit(ink, h, w, side = 28, box = 20) {
   return picture;
 }
 
+// ---- A photograph ----------------------------------------------------------------------------
+
+// Otsu's threshold of values in [0, 1]: between it the two groups differ most
+export function otsu(x) {
+  const count = new Float64Array(256);
+  for (const v of x) count[Math.min(255, Math.floor(256*v))]++;
+  let all = 0, best = 0, at = 0, below = 0, sum = 0;
+  count.forEach((n, k) => { all += n*k; });
+  for (let k = 0; k < 255; k++) {
+    below += count[k];
+    sum += count[k]*k;
+    const above = x.length - below;
+    if (!below || !above) continue;
+    const apart = below*above*(sum/below - (all - sum)/above)**2;
+    if (apart > best) { best = apart; at = k + 1; }
+  }
+  return at/256;
+}
+
+// Means over squares of (2r+1) pixels, cut off at the border
+function boxMean(x, h, w, r) {
+  const sums = new Float64Array((h + 1)*(w + 1)), out = new Float64Array(h*w);
+  for (let y = 0; y < h; y++) for (let z = 0; z < w; z++)
+    sums[(y + 1)*(w + 1) + z + 1] = x[y*w + z] + sums[y*(w + 1) + z + 1] + sums[(y + 1)*(w + 1) + z] - sums[y*(w + 1) + z];
+  for (let y = 0; y < h; y++) for (let z = 0; z < w; z++) {
+    const [a, b, c, d] = [Math.max(0, y - r), Math.min(h, y + r + 1), Math.max(0, z - r), Math.min(w, z + r + 1)];
+    out[y*w + z] = (sums[b*(w + 1) + d] - sums[a*(w + 1) + d] - sums[b*(w + 1) + c] + sums[a*(w + 1) + c]) / ((b - a)*(d - c));
+  }
+  return out;
+}
+
+// Grey `(h, w)` of a photograph, 0 black and 1 white, -> ink: what is darker than the paper around it
+// by more than Otsu's threshold. A picture whose border is dark is taken as light ink on dark paper.
+export function photoInk(grey, h, w) {
+  let border = 0;
+  for (let z = 0; z < w; z++) border += grey[z] + grey[(h - 1)*w + z];
+  for (let y = 0; y < h; y++) border += grey[y*w] + grey[y*w + w - 1];
+  const light = border/(2*(h + w)) > 0.5 ? grey : grey.map(v => 1 - v), paper = boxMean(light, h, w, Math.ceil(Math.max(h, w)/4));
+  const dark = light.map((v, k) => Math.min(1, Math.max(0, paper[k] - v))), from = otsu(dark), most = dark.reduce((a, b) => Math.max(a, b), 0);
+  return dark.map(v => v <= from || from === 0 ? 0 : Math.min(1, (v - from/2)/(most - from/2)));
+}
+
 // ---- The network, layer by layer -------------------------------------------------------------
 
 // A convolution of features `(h, w, c)` with weights `(c, k, k, o)`, which skips features that are
@@ -190,14 +232,14 @@ export function route(uHat, {n_in, n_out, d_out}, iterations, priors = null) {
   return steps;
 }
 
-// How much each lower capsule adds to the length of each upper one's sum, `(i, j)`: the part of
-// c*u_hat that points along v. Over the lower capsules these add up to the length of `s`.
-export function contributions(uHat, {c, v}, {n_in, n_out, d_out}) {
-  const out = new Float32Array(n_in*n_out), size = lengths(v, d_out);
+// How much the lower capsules of each place add to the length of each upper one's sum, `(places, j)`:
+// the parts of c*u_hat that point along v. Over all places they add up to the length of `s`.
+export function contributions(uHat, {c, v}, {n_in, n_out, d_out}, places) {
+  const out = new Float32Array(places*n_out), size = lengths(v, d_out);
   for (let i = 0; i < n_in; i++) for (let j = 0; j < n_out; j++) {
     let along = 0;
     for (let e = j*d_out; e < (j + 1)*d_out; e++) along += uHat[i*n_out*d_out + e] * v[e];
-    out[i*n_out + j] = c[i*n_out + j] * along / Math.max(size[j], 1e-12);
+    out[(i % places)*n_out + j] += c[i*n_out + j] * along / Math.max(size[j], 1e-12);
   }
   return out;
 }
@@ -248,10 +290,10 @@ export function makeNetwork(header, t) {
       steps = route(uHat, layer, n, t[`caps.${l}.priors`]);
       u = steps[n - 1].v;
     });
-    const last = layers[layers.length - 1];
+    const last = layers[layers.length - 1], places = layers.length === 1 ? two.shape[0]*two.shape[1] : 1;
     return {
       primary: lengths(primary, d_primary),
-      steps: steps.map(s => ({...s, lengths: lengths(s.v, last.d_out), adds: contributions(uHat, s, last)})),
+      steps: steps.map(s => ({...s, lengths: lengths(s.v, last.d_out), adds: contributions(uHat, s, last, places)})),
     };
   };
 }
@@ -278,10 +320,10 @@ async function kept(url, tell) {
   return answer.arrayBuffer();
 }
 
-// {load: part, header, from: address or bytes} | {fit: ink, h, w} | {look: picture, iterations}
+// {load: part, header, from: address or bytes} | {fit: ink, h, w} | {photo: grey, h, w} | {look: picture, iterations}
 // | {paint: pose, j}, each with an `id`, are answered by {id, done} or {id, failed}
 function serve(scope) {
-  const able = {fit: m => fitDigit(m.fit, m.h, m.w)};
+  const able = {fit: m => fitDigit(m.fit, m.h, m.w), photo: m => photoInk(m.photo, m.h, m.w)};
   able.load = async m => {
     const bytes = typeof m.from === "string" ? await kept(m.from, got => scope.postMessage({id: m.id, got})) : m.from;
     const t = readTensors(m.header, bytes, m.load);

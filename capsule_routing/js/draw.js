@@ -2,18 +2,26 @@
 // asked as a worker; the markup is `draw.html`, already in the element's shadow root.
 
 const SIDE = 28, PAD = 280, PEN = 0.085;              // pixels; pen as a share of the drawing area
-const MOST = 5;                                       // routing iterations to choose from
 const LESSONS = ["squash", "decoder", "layers", "routing", "explore", "visualize"];
-const make = (tag, given = {}, parent = null) => {
+export const make = (tag, given = {}, parent = null) => {
   const el = Object.assign(document.createElement(tag), given);
   if (parent) parent.append(el);
   return el;
 };
-const signed = v => (v.toFixed(2) === "0.00" || v.toFixed(2) === "-0.00" ? "" : v < 0 ? "−" : "+") + Math.abs(v).toFixed(2);
-const bytes64 = text => Uint8Array.from(atob(text), c => c.charCodeAt(0));
+export const signed = v => (v.toFixed(2) === "0.00" || v.toFixed(2) === "-0.00" ? "" : v < 0 ? "−" : "+") + Math.abs(v).toFixed(2);
+// 16-bit floats, little-endian, of normal size, as stored answers have them
+export function halves(bytes) {
+  const view = new DataView(bytes.buffer), out = new Float32Array(bytes.length/2);
+  for (let k = 0; k < out.length; k++) {
+    const h = view.getUint16(2*k, true), e = (h >> 10) & 31, f = h & 1023;
+    out[k] = (h >> 15 ? -1 : 1) * (e ? (1 + f/1024) * 2**(e - 15) : f * 2**-24);
+  }
+  return out;
+}
+export const bytes64 = text => Uint8Array.from(atob(text), c => c.charCodeAt(0));
 
 // The worker: `ask(message)` is a promise of the answer, `heard(id, got)` tells how far a file is
-function connect(url) {
+export function connect(url) {
   const worker = new Worker(url, {type: url.startsWith("blob:") ? "classic" : "module"}), waiting = new Map();
   let n = 0;
   worker.onmessage = ({data: {id, done, failed, got}}) => {
@@ -30,7 +38,7 @@ function connect(url) {
 }
 
 // Grey pixels `(side, side)` in [0, 1], or of 255, onto a canvas; two lists give two colours
-function show(canvas, one, scale = 1, two = null) {
+export function show(canvas, one, scale = 1, two = null) {
   canvas.width = canvas.height = SIDE;
   const context = canvas.getContext("2d"), image = context.createImageData(SIDE, SIDE);
   for (let k = 0; k < SIDE*SIDE; k++) {
@@ -57,9 +65,16 @@ function drawGrid(canvas, colour, {rows, cols, types}, at) {
   context.strokeRect(at.x*cw + 1.5, at.y*ch + 1.5, cw - 3, ch - 3);
 }
 
+// "ink +12%": what a moved slider did, in words
+export function inkChange(before, after) {
+  const sum = x => x.reduce((a, b) => a + b, 0), more = 100*(sum(after)/sum(before) - 1);
+  return `ink ${more < 0 ? "−" : "+"}${Math.abs(more).toFixed(0)}%`;
+}
+
 export function start(root, config) {
   const $ = id => root.getElementById(id), {names, header} = config, sizes = header.sizes;
-  const classes = names.length, grid = {rows: sizes.grid[0], cols: sizes.grid[1], types: sizes.n_types};
+  const MOST = Math.max(5, sizes.n_iters);              // routing iterations to choose from
+  const layers = sizes.layers.length, classes = names.length, grid = {rows: sizes.grid[0], cols: sizes.grid[1], types: sizes.n_types};
   const ask = connect(config.worker), host = root.host;
   const state = {marks: [], past: [], picture: null, result: null, kind: 0, step: sizes.n_iters,
                  iterations: sizes.n_iters, at: {x: 2, y: 2}, added: new Array(sizes.dims).fill(0), times: []};
@@ -157,6 +172,12 @@ export function start(root, config) {
   const now = () => state.result.steps[state.iterations - 1];
   const order = () => [...now().lengths.keys()].sort((a, b) => now().lengths[b] - now().lengths[a]);
   const pose = j => now().v.slice(j*sizes.dims, (j + 1)*sizes.dims);
+  async function paint(j, moved = null) {
+    const kept = state.result.paints && state.iterations === sizes.n_iters && state.result.paints[j];
+    if (kept && !moved) return kept;                       // a stored answer, before the network is here
+    await load();
+    return ask({paint: moved || pose(j), j});
+  }
 
   function says() {
     if (!state.result) return "Draw a digit.";
@@ -193,7 +214,7 @@ export function start(root, config) {
   }
 
   async function showPictures() {
-    const {result} = state, paint = j => ask({paint: pose(j), j});
+    const {result} = state;
     if (!result) { for (const id of ["first", "second", "both", "moved"]) show($(id), null); return showMoved(); }
     const [a, b] = order(), [one, two] = await Promise.all([paint(a), paint(b)]);
     if (state.result !== result) return;
@@ -229,12 +250,12 @@ export function start(root, config) {
       hint.textContent = config.hints ? config.hints[state.kind][d] : "";
     });
     if (!state.result) return;
-    const j = state.kind, {result} = state, plain = pose(j), moved = plain.map((v, d) => v + state.added[d]);
-    const [before, after] = await Promise.all([ask({paint: plain, j}), ask({paint: moved, j})]);
+    const j = state.kind, {result} = state, still = state.added.every(v => v === 0);
+    const moved = still ? null : pose(j).map((v, d) => v + state.added[d]);
+    const [before, after] = await Promise.all([paint(j), paint(j, moved)]);
     if (state.result !== result || state.kind !== j) return;
     show($("moved"), after);
-    const sum = x => x.reduce((a, b) => a + b, 0), more = 100*(sum(after)/sum(before) - 1);
-    $("moved-says").textContent = state.added.every(v => v === 0) ? "Nothing added yet." : `ink ${more < 0 ? "−" : "+"}${Math.abs(more).toFixed(0)}%`;
+    $("moved-says").textContent = still ? "Nothing added yet." : inkChange(before, after);
   }
   $("reset").addEventListener("click", () => { state.added.fill(0); showMoved(); });
 
@@ -244,24 +265,26 @@ export function start(root, config) {
     const {result, kind, at} = state;
     const even = 1/classes, lengths = result && result.primary, step = result && result.steps[state.step - 1];
     drawGrid($("primary"), i => { const v = result ? Math.round(28 + 227*Math.min(1, lengths[i])) : 28; return `rgb(${v},${v},${Math.min(255, v + 8)})`; }, grid, at);
-    let low = 1, high = 0, far = 0.02;
-    if (result) for (let i = 0; i < lengths.length; i++) { const c = step.c[i*classes + kind]; low = Math.min(low, c); high = Math.max(high, c); }
-    if (result) for (const s of result.steps) for (let i = 0; i < lengths.length; i++) far = Math.max(far, Math.abs(s.c[i*classes + kind] - even));
+    const own = r => result.primary.map((_, i) => result.steps[r].c[i*classes + kind]).sort();
+    const few = Math.floor(0.005*grid.rows*grid.cols*grid.types), span = c => [c[few], c[c.length - 1 - few]];
+    const far = result && layers === 1 ? Math.max(0.01, ...span(own(state.iterations - 1)).map(v => Math.abs(v - even))) : 1;
     const mix = (a, b, k) => a.map((v, s) => Math.round(v + k*(b[s] - v)));
     drawGrid($("coupling"), i => {
       const k = result ? (step.c[i*classes + kind] - even)/far : 0;
-      return `rgb(${mix([44, 52, 64], k < 0 ? [61, 139, 240] : [255, 150, 50], Math.sqrt(Math.abs(k))).join(",")})`;
+      return `rgb(${mix([40, 47, 58], k < 0 ? [61, 139, 240] : [255, 150, 50], Math.min(1, Math.abs(k))).join(",")})`;
     }, grid, at);
-    $("range").textContent = result ? `Here from ${low.toFixed(3)} to ${high.toFixed(3)}.` : "";
+    if (result && layers === 1) {
+      const c = own(state.step - 1), [low, high] = span(c).map(v => v.toFixed(3));
+      $("range").textContent = `In this iteration 99 of 100 lie between ${low} and ${high}; the extremes are ${c[0].toFixed(3)} and ${c[c.length - 1].toFixed(3)}.`;
+    }
     $("step").textContent = `iteration ${state.step} of ${state.iterations}`;
     $("back").disabled = state.step <= 1;
     $("on").disabled = state.step >= state.iterations;
     showPlace();
   }
   function showPlace() {
-    const {result, at} = state, sums = new Array(classes).fill(0);
-    if (result) for (let t = 0; t < grid.types; t++) for (let j = 0; j < classes; j++)
-      sums[j] += now().adds[((t*grid.rows + at.y)*grid.cols + at.x)*classes + j];
+    const {result, at} = state, place = header.sizes.layers.length > 1 ? 0 : at.y*grid.cols + at.x;
+    const sums = names.map((_, j) => result ? result.steps[state.step - 1].adds[place*classes + j] : 0);
     const most = Math.max(0.05, ...sums.map(Math.abs));
     [...$("place").children].forEach((row, j) => {
       row.classList.toggle("on", j === state.kind);
@@ -321,9 +344,9 @@ export function start(root, config) {
     });
     if (!result) { $("honest").textContent = ""; return; }
     const best = result.steps.map(s => s.lengths.indexOf(Math.max(...s.lengths)));
-    const all = result.steps[MOST - 1].c, low = Math.min(...all).toFixed(3), high = Math.max(...all).toFixed(3);
-    const same = best.every(j => j === best[0]) ? `The answer is ${names[best[0]]} with any number of iterations` : "The answer depends on the number of iterations";
-    $("honest").textContent = `${same}. With one, every coupling is exactly ${(1/classes).toFixed(3)}, and nothing is routed; with ${MOST} they lie between ${low} and ${high}.`;
+    const all = Float32Array.from(result.steps[sizes.n_iters - 1].c).sort(), few = Math.floor(0.005*all.length), at = k => all[k].toFixed(3);
+    const same = best.every(j => j === best[0]) ? `For this drawing the answer is ${names[best[0]]} with any number of iterations; its length changes` : "For this drawing the answer depends on the number of iterations";
+    $("honest").textContent = `${same}. With one iteration every coupling is exactly ${(1/classes).toFixed(3)} and nothing is routed. With ${sizes.n_iters}, as trained, 99 of 100 still lie between ${at(few)} and ${at(all.length - 1 - few)}: hardly any leaves 1/${classes}, and the sum of many small leanings makes the difference.`;
   }
 
   // -- controls --
@@ -368,6 +391,27 @@ export function start(root, config) {
   $("undo").addEventListener("click", undo);
   $("clear").addEventListener("click", clear);
 
+  // -- a photograph: by file, by the phone's camera, pasted or dropped --
+
+  async function photograph(file) {
+    if (!file || !file.type.startsWith("image/")) return;
+    const bitmap = await createImageBitmap(file), k = Math.min(1, 400/Math.max(bitmap.width, bitmap.height));
+    const w = Math.max(1, Math.round(k*bitmap.width)), h = Math.max(1, Math.round(k*bitmap.height));
+    const context = new OffscreenCanvas(w, h).getContext("2d");
+    context.fillStyle = "#fff";                            // transparent is paper
+    context.fillRect(0, 0, w, h);
+    context.drawImage(bitmap, 0, 0, w, h);
+    const {data} = context.getImageData(0, 0, w, h), grey = new Float64Array(w*h);
+    for (let p = 0; p < w*h; p++) grey[p] = (0.299*data[4*p] + 0.587*data[4*p + 1] + 0.114*data[4*p + 2])/255;
+    const ink = await ask({photo: grey, h, w});
+    change([pictureMark(await ask({fit: ink, h, w}))]);
+  }
+  $("photo").addEventListener("change", e => { photograph(e.target.files[0]); e.target.value = ""; });
+  host.addEventListener("paste", e => photograph(e.clipboardData.files[0]));
+  document.addEventListener("paste", e => { if (e.target === document.body) photograph(e.clipboardData.files[0]); });
+  $("pad").addEventListener("dragover", e => e.preventDefault());
+  $("pad").addEventListener("drop", e => { e.preventDefault(); photograph(e.dataTransfer.files[0]); });
+
   // -- mouse, finger, pen, keyboard --
 
   const pad = $("pad");
@@ -401,10 +445,17 @@ export function start(root, config) {
 
   // -- the first sight: with the network in the page the first drawing, else a stored answer --
 
+  if (config.first) {
+    const {marks, picture, paints, primary, steps} = config.first, f2 = text => halves(bytes64(text));
+    const step = s => Object.fromEntries(Object.entries(s).map(([k, v]) => [k, f2(v)]));
+    const given = {paints: Object.fromEntries(Object.entries(paints).map(([j, v]) => [j, f2(v)])), primary: f2(primary), steps: steps.map(step)};
+    Object.assign(state, {marks, picture: bytes64(picture), result: given});
+    state.kind = order()[0];
+  }
   showPad();
   showAll();
-  if (config.first) Object.assign(state, config.first);
-  else if (typeof config.files.network !== "string") begin(Math.min(5, config.starts.length - 1));
+  if (config.first) return;
+  if (typeof config.files.network !== "string") begin(Math.min(5, config.starts.length - 1));
 }
 
 // <capsule-draw src="…json">: the configuration comes from a file, or from a script tag beside it
@@ -416,12 +467,18 @@ if (typeof customElements !== "undefined" && !customElements.get("capsule-draw")
       const inside = this.querySelector("script[type='application/json']");
       if (inside) return start(this.shadowRoot, unpack(JSON.parse(inside.textContent)));
       const url = new URL(this.getAttribute("src"), document.baseURI), answer = await fetch(url);
-      const config = await answer.json(), at = name => new URL(name, url).href;
-      config.worker = at(config.worker);
-      for (const part in config.files) config.files[part] = at(config.files[part]);
+      const config = addresses(await answer.json(), url);
+      if (config.first) config.first = await (await fetch(config.first)).json();
       start(this.shadowRoot, config);
     }
   });
+
+// The files that a configuration names lie beside it
+export function addresses(config, url) {
+  const at = name => name && new URL(name, url).href;
+  for (const part in config.files) config.files[part] = at(config.files[part]);
+  return {...config, worker: at(config.worker), first: at(config.first)};
+}
 
 // The address of a module's text as a plain script: a page opened from disk may start no module as a worker
 export function textWorker(text) {
