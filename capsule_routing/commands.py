@@ -73,7 +73,8 @@ TYPES = {   # of a parameter, by its annotation or, before that, its name
     "shift": IntRange(0), "warmup": IntRange(0), "seed": IntRange(0, 2**63-1), "channels": IntRange(1, 3),
     "size": _side, "conv_channels": _side, "kernel": _side, "primary_types": _side, "primary_size": _side,
     "class_size": _side, "layers": Listed(Listed(_side, "x")), "decoder_widths": Listed(IntRange(1, 99_999)),
-    "recon_weight": Named(BALANCES), "routing": click.STRING, "trunk": click.STRING, "import_": click.STRING, "out": Place(writes=True),
+    "recon_weight": Named(BALANCES),
+    "routing": click.STRING, "trunk": click.STRING, "import_": click.STRING, "out": Place(writes=True),
     "dataset": Choice(DATASETS), "recipe": Choice(tuple(RECIPES)), "schedule": Choice(SCHEDULES),
     "precision": Choice(PRECISIONS), "compile": Choice(COMPILES), "weights": Choice(("last", "best")),
     "table": Choice(TABLE_NAMES)}
@@ -259,7 +260,7 @@ def _only(f, s): return {k: s[k] for k in inspect.signature(f).parameters if k i
 
 # %% ../nbs/18_commands.ipynb #network
 def _network(image_shape, n_classes, *,
-    routing:str="dynamic",      # dynamic, uniform, shared, fc, em, self, attention, efficient, or a name that --import adds
+    routing:str="dynamic",      # uniform, shared, fc, em, self, attention, efficient, or a name that --import adds
     routing_iterations:int=3,   # Routing iterations, where the routing has them
     routing_options:dict=None,  # Its other options, as {"stop_grad": true}
     layers:str=None,            # Capsule layers between primary and class, as 32x16: 32 capsules of 16 numbers
