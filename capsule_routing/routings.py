@@ -16,7 +16,7 @@ from . import __version__
 from .affine import MARGIN
 from .callbacks import Callback
 from .capsnet import count_params
-from .data import ImageSet
+from .data import ImageData, ImageSet
 from .machine import device_name
 from .robust import alarm_level, attacked, both_named, redrawn_error
 from .rows import BUDGETS, RADII, Budget, Images, Row, row_network
