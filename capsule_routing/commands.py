@@ -248,7 +248,7 @@ def _only(f, s): return {k: s[k] for k in inspect.signature(f).parameters if k i
 
 # %% ../nbs/18_commands.ipynb #network
 def _network(image_shape, n_classes, *,
-    routing:str="dynamic",      # dynamic, uniform, shared, fc, em, self, attention, efficient, or a name that --import adds
+    routing:str="dynamic",      # dynamic, uniform, shared, fc, em, self, attention, efficient, or of --import
     routing_iterations:int=3,   # Routing iterations, where the routing has them
     routing_options:dict=None,  # Its other options, as {"stop_grad": true}
     layers:str=None,            # Capsule layers between primary and class, as 32x16: 32 capsules of 16 numbers

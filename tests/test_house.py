@@ -76,6 +76,11 @@ LONG = { # cells, lines of the longest code cell
     '02_factored': (60, 49),
     '02b_fourier': (60, 33),
     '03_layers': (62, 33),
+    '03c_em': (60, 31),      # a layer is one definition, with a line for each option
+    '03d_selfrouting': (60, 29),
+    '03e_attention': (60, 34),
+    '03f_efficient': (60, 27),
+    '06c_networks': (60, 34),
     '06_capsnet': (68, 75),
     '06b_baselines': (60, 37),
     '08a_machine': (60, 26),
