@@ -76,7 +76,7 @@ class EMRouting(CapsuleLayer):
         d_out:int,               # Numbers in an upper pose: as many
         n_iters:int=3,           # Routing iterations: M steps, 1 to 1000
         final_lambda:float=0.01, # Inverse temperature that the iterations approach
-        evidence:float=1000.,    # What a parent's votes add up to at equal shares of active children; None: their number
+        evidence:float=1000.,    # What a parent's votes add up to at equal shares of active children; None: as is
         beta_u:float=4.,         # First cost of a dimension
         beta_a:float=0.,         # First cost of not being there
         grid:tuple=None,         # Rows and columns of the children: matrices by type, places added
