@@ -7,7 +7,7 @@ __all__ = ['TYPES', 'FREE', 'Listed', 'Options', 'Named', 'Place', 'given', 'ver
            'capsule_evaluate', 'capsule_predict', 'capsule_explore', 'capsule_bench', 'capsule_reproduce']
 
 # %% ../nbs/18_commands.ipynb #imports
-import importlib, inspect, os, re, shlex, sys, time, traceback
+import errno, importlib, inspect, os, re, shlex, sys, time, traceback
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import wraps
@@ -22,6 +22,7 @@ from . import __version__
 from .checks import BadValue
 from .names import BALANCES, BENCH_PARTS, COMPILES, DATASETS, PRECISIONS, SCHEDULES, TABLE_NAMES
 from .settings import RECIPES, TrainConfig, resume_config
+from .texts import Screen, printable
 
 # %% ../nbs/18_commands.ipynb #types-of-values
 class Listed(click.ParamType):
@@ -55,7 +56,8 @@ class Place(click.ParamType):
     def __init__(self, *endings, writes=False): self.endings,self.writes = endings,writes or bool(endings)
     def convert(self, value, param=None, ctx=None):
         if not value or value.startswith("--"): self.fail("needs a value", param)
-        path = top = Path(value).expanduser()
+        try: path = top = Path(value).expanduser()
+        except RuntimeError: self.fail(f"{value} stands in a home folder that is not known", param)
         if self.endings and path.suffix.lower() not in self.endings:
             self.fail(f"{path} does not end in {' or '.join(self.endings)}", param)
         if self.endings: top = path.parent
@@ -71,7 +73,8 @@ TYPES = {   # of a parameter, by its annotation or, before that, its name
     "shift": IntRange(0), "warmup": IntRange(0), "seed": IntRange(0, 2**63-1), "channels": IntRange(1, 3),
     "size": _side, "conv_channels": _side, "kernel": _side, "primary_types": _side, "primary_size": _side,
     "class_size": _side, "layers": Listed(Listed(_side, "x")), "decoder_widths": Listed(IntRange(1, 99_999)),
-    "recon_weight": Named(BALANCES), "routing": click.STRING, "trunk": click.STRING, "import_": click.STRING, "out": Place(writes=True),
+    "recon_weight": Named(BALANCES),
+    "routing": click.STRING, "trunk": click.STRING, "import_": click.STRING, "out": Place(writes=True),
     "dataset": Choice(DATASETS), "recipe": Choice(tuple(RECIPES)), "schedule": Choice(SCHEDULES),
     "precision": Choice(PRECISIONS), "compile": Choice(COMPILES), "weights": Choice(("last", "best")),
     "table": Choice(TABLE_NAMES)}
@@ -147,7 +150,9 @@ def _parse(func, argv):
 
 # %% ../nbs/18_commands.ipynb #line
 def _no_memory(e):
-    says = "out of memory|not enough memory|can't allocate memory|could not create a primitive"
+    says = "out of memory|not enough memory|allocate memory|bad_alloc|ALLOC_FAILED|start new thread|" \
+           "could not (create|execute) a (primitive|memory)"
+    if isinstance(e, OSError): return e.errno == errno.ENOMEM
     return isinstance(e, MemoryError) or isinstance(e, RuntimeError) and re.search(says, str(e))
 
 def _line(e, func):
@@ -159,8 +164,9 @@ def _line(e, func):
         return f"{flag}{'' if e.value is None or e.value is True else f' {e.value}'}: {e.why}"
     if isinstance(e, click.ClickException): return e.format_message()
     if _no_memory(e):
-        sizes = " or ".join(f"--{_plain(k)}" for k in func.types if k.endswith("batch_size"))
-        return "out of memory"+f": try a smaller {sizes}"*bool(sizes)
+        sizes = [f"--{_plain(k)}" for k in ("batch_size", "test_batch_size", "conv_channels", "primary_types", "size")]
+        sizes = [k for k in sizes if _context.token_normalize_func(k[2:]) in map(_plain, func.types)]
+        return "out of memory"+f": try a smaller {' or '.join(sizes)}"*bool(sizes)
     if isinstance(e, OSError): return f"{e.filename or 'file'}: {e.strerror}" if e.strerror else str(e)
     where = [f.f_globals.get("__name__", "") for f,_ in traceback.walk_tb(e.__traceback__)][-1:]
     ours = [type(e).__module__]+where*isinstance(e, ValueError)        # what raised it
@@ -169,7 +175,7 @@ def _line(e, func):
 # %% ../nbs/18_commands.ipynb #run-verb
 def _one_line(text, n=600):
     "No line breaks, no control characters, at most `n` characters"
-    s = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+    s = printable(" ".join(str(text).split()))
     return s if len(s) <= n else s[:n-1]+"…"
 
 def run_verb(
@@ -190,7 +196,8 @@ def run_verb(
         if (line := _line(e, func)) is None: raise
         if os.environ.get("CAPSULE_ROUTING_DEBUG", "0") not in ("", "0"): traceback.print_exc()
         code,alone = 2,_no_memory(e) or type(e).__name__ == "PeerLost" # what another may not live to say
-    if line and (alone or os.environ.get("LOCAL_RANK", "0") == "0"):
+    several = "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"        # torchrun started us
+    if line and (alone or not several or os.environ.get("LOCAL_RANK") in (None, "0")):
         print(f"{func.__name__}: {_one_line(line)}", file=sys.stderr, flush=True)
     return code
 
@@ -199,7 +206,9 @@ def _main(func, argv=None):
     "A verb as a program: a stream may be closed, or lack a character"
     for name in ("stdout", "stderr"):
         if (stream := getattr(sys, name)) is None: setattr(sys, name, open(os.devnull, "w"))
-        else: stream.reconfigure(errors="replace")
+        elif not isinstance(stream, Screen):
+            stream.reconfigure(errors="replace")
+            setattr(sys, name, Screen(stream, name, "\n\t"+"\r"*(name == "stderr")))   # \r of a progress bar
     return run_verb(func, sys.argv[1:] if argv is None else argv)
 
 # %% ../nbs/18_commands.ipynb #resumed
@@ -215,7 +224,10 @@ def _resumed(now, named):
     "The settings to go on with: the run's, with those of `now` that were `named`"
     from capsule_routing import runs
     path,theirs = Path(now["out"]),inspect.signature(TrainConfig).parameters
-    if not path.is_dir(): raise BadValue("out", path, "no such run folder, nothing to go on with")
+    if not ((path/runs.LAST).exists() or (path/runs.CONFIG).exists()):
+        if named - {"out", "resume"}: return now | dict(resume=False)           # killed before it had a folder
+        why = "holds no run" if path.is_dir() else "no such run folder"
+        raise BadValue("out", path, f"{why}, nothing to go on with; name its settings again to begin it")
     if (path/runs.LAST).exists(): config = runs.read_checkpoint(path).meta["config"]
     else: config = runs.read_json(path/runs.CONFIG)
     if (was := _recorded(config)) is None:
@@ -315,7 +327,7 @@ def _epoch_line(r, epochs, name):
 
 def _say(**rows):
     for k,v in rows.items():
-        if v: print(f"{k:<9} {v}", flush=True)
+        if v: print(f"{k:<9} {printable(v)}", flush=True)
 
 # %% ../nbs/18_commands.ipynb #command-of
 def _text(v):
@@ -336,7 +348,7 @@ def _command(verb, s, drop=(), words=()):
 
 def _launch(world):
     "What stands before `capsule_train` where `world` processes train"
-    n = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    n = int(os.environ.get("LOCAL_WORLD_SIZE", world)) if world > 1 else 1
     nodes = f"--nnodes={world//n} " if n < world else ""
     return f"torchrun {nodes}--nproc_per_node={n} --no-python " if world > 1 else ""
 
@@ -406,7 +418,7 @@ def _new_folder(name):
 def _announce(s, data, net, path):
     "What is about to be trained; with `--quiet` only what the user may not expect"
     from capsule_routing.capsnet import count_params
-    if data.note: print(data.note, flush=True)
+    if data.note: print(printable(data.note), flush=True)
     if s["quiet"]: return
     k,shape = len(data.train.classes),"x".join(map(str, data.train.image_shape))
     iters = f"{net.cfg.n_iters} routing iterations, " if net.cfg.n_iters else ""
@@ -471,7 +483,7 @@ def _test_data(r, s, named):
     arg,value = ("folder", want["folder"]) if name == "folder" else ("dataset", name)
     try: check_fits(r.net, data)
     except BadValue as e: raise BadValue(arg, value, f"{e.why}, in {r.path}") from None
-    mine,theirs = list(data.test.classes),about.get("classes")
+    mine,theirs = list(data.test.classes),[*map(printable, about.get("classes") or ())]
     if theirs and mine != theirs:
         few = [", ".join(names[:3])+"…"*(len(names) > 3) for names in (mine, theirs)]
         raise BadValue(arg, value, f"its classes are {few[0]}, those of {r.path} are {few[1]}")
@@ -515,7 +527,7 @@ def _show_evaluation(r, data, found):
     "The result in lines, with the commonest mistakes"
     counts,names = found["confusion"],found["classes"]
     wrong = sorted((-m, names[r], names[c]) for r,row in enumerate(counts) for c,m in enumerate(row) if r != c and m)
-    if data.note: print(data.note)
+    if data.note: print(printable(data.note))
     _say(run=f"{r.path}, {found['weights']} weights"+(f" after epoch {r.history[-1]['epoch']}" if r.history else ""),
          accuracy=_right(found["n_errors"], found["n"], data.name)+" test images", loss=f"{found['loss']:.4f}",
          mistakes=", ".join(f"{a} taken for {b} ({-m})" for m,a,b in wrong[:5]), pictures=", ".join(found["pictures"]))
@@ -545,7 +557,8 @@ def capsule_predict(
     x = torch.stack([data.read_image(f, c, h, w, invert) for f in images])   # all, before anything is said or written
     net,precision = _ready(r, shared["no_cuda"], precision)
     lens,_,recon = tasks.predict(net, x, precision=precision)
-    classes = (r.config.get("data") or {}).get("classes") or [str(k) for k in range(r.cfg.n_classes)]
+    classes = (r.config.get("data") or {}).get("classes") or range(r.cfg.n_classes)
+    classes = [printable(c) for c in classes]
     found = [{"image": str(f), "class": classes[l.argmax()], "length": round(float(l.max()), 4),
               "lengths": {k: round(v, 4) for k,v in zip(classes, l.tolist())}} for f,l in zip(images, lens)]
     picture = None
@@ -561,7 +574,7 @@ def capsule_predict(
 def _show_predictions(found, x, picture, invert):
     "The classes, and the lengths of all capsules as bars"
     for p,im in zip(found, x.float()):
-        print(f"{p['image']}: {p['class']}, length {p['length']:.2f}")
+        print(f"{printable(p['image'])}: {p['class']}, length {p['length']:.2f}")
         wide,edge = max(map(len, p["lengths"])),im[:, [0, -1]].mean()
         for k,v in p["lengths"].items(): print(f"  {k:<{wide}}  {v:.2f}  {'█'*round(v*40)}".rstrip())
         if not invert and edge > 127 and edge > im.mean():

@@ -7,7 +7,7 @@ __all__ = ['pick_device', 'native_bf16', 'pick_precision', 'in_precision', 'pick
            'on_machine', 'rank_world', 'reduce_all', 'gather', 'processes']
 
 # %% ../nbs/08a_machine.ipynb #imports
-import os, platform, shutil, sys, warnings
+import os, platform, re, shutil, sys, warnings
 from collections import deque
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -109,11 +109,11 @@ def gather(v) -> list:
     return out
 
 # %% ../nbs/08a_machine.ipynb #processes
-def _launched(name, default=None):
+def _launched(name, lo, hi, default=None):
     "A number that torchrun put into the environment"
     v = os.environ.get(name, default)
-    try: return None if v is None else int(v)
-    except ValueError: raise BadValue(name, v, "must be a whole number, as torchrun sets it") from None
+    if v is None or re.fullmatch("[0-9]{1,9}", str(v)) and lo <= int(v) <= hi: return v if v is None else int(v)
+    raise BadValue(name, v, f"must be a whole number from {lo} to {hi}, as torchrun sets it")
 
 @contextmanager
 def processes(
@@ -121,14 +121,17 @@ def processes(
     limit:float=120.,   # Seconds to wait for the others before giving up
 ):                      # Yields `(rank, world)`; `(0, 1)` unless torchrun started us
     "Join the processes that torchrun started with us, for the length of a `with`."
-    rank,world,local = _launched("RANK"),_launched("WORLD_SIZE", 1),_launched("LOCAL_RANK", 0)
-    if world == 1 or rank is None or distributed.is_initialized():
+    world = _launched("WORLD_SIZE", 1, 10**6, 1)
+    if world == 1 or "RANK" not in os.environ or distributed.is_initialized():
         yield rank_world()
         return
+    _launched("RANK", 0, world-1)
+    _launched("LOCAL_WORLD_SIZE", 1, world)
+    local = _launched("LOCAL_RANK", 0, world-1, 0)
     gpu = pick_device(no_cuda).type == "cuda"
     if gpu: torch.cuda.set_device(local)
     try: distributed.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(seconds=limit))
-    except (ValueError, RuntimeError) as e:
+    except (ValueError, RuntimeError, TypeError) as e:
         why = str(e).splitlines()[0]
         raise BadValue("WORLD_SIZE", world, f"the other processes cannot be joined ({why})") from None
     try: yield rank_world()

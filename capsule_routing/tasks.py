@@ -36,6 +36,11 @@ def as_input(x:Tensor, device:torch.device) -> Tensor:
     return x.to(memory_format=torch.channels_last) if x.is_cuda else x
 
 # %% ../nbs/08b_tasks.ipynb #predict
+def _numbers(net, answers):
+    "Weights near the largest float give answers that are none"
+    if answers.isfinite().all(): return
+    raise BadValue("net", type(net).__name__, "its weights give answers that are no numbers (NaN or infinity)")
+
 def predict(
     net,                      # Network, on its device
     images,                   # An `ImageSet`, or images `(n, c, h, w)`: bytes, or numbers from 0 to 1
@@ -51,8 +56,8 @@ def predict(
             part = slice(k, k + batch_size)
             outs.append(net(as_input(x[part], device), *(() if y is None else (y[part].to(device),))))
     out = type(outs[0])(*(None if o[0] is None else torch.cat(o).cpu() for o in zip(*outs)))
-    if out[0].isfinite().all(): return out
-    raise BadValue("net", "NaN or infinity", "its weights give answers that are no numbers")
+    _numbers(net, out[0])
+    return out
 
 # %% ../nbs/08b_tasks.ipynb #task
 def look(net, batch, training):
@@ -184,6 +189,7 @@ def evaluate(
     means,counts,n = sums.read()
     if not n: return None
     lens,y = torch.cat(lens).cpu(),torch.cat(target).cpu()
+    _numbers(net, torch.cat([lens.flatten(), torch.tensor([*means.values()])]))
     wrong,margin = int(counts.get("errors", 0)),means.get("margin", means["loss"])
     return Evaluation(n, wrong, (n - wrong)/n, means["loss"], margin, means.get("recon"), named(lens, y), lens, y,
                       means, counts)
