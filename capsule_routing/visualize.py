@@ -38,6 +38,7 @@ from .tasks import Evaluation, asking, evaluate, predict
 # %% ../nbs/11_visualize.ipynb #picture
 class _Picture(Figure):
     "A matplotlib figure that notebooks show by themselves, and that pyplot knows nothing of."
+    def __repr__(self): return super().__repr__().replace("_Picture", "Figure")
     def _repr_png_(self):
         width,height = (int(72*inches) for inches in self.get_size_inches())
         few = Image.open(_file(self, 144)).convert("RGB").quantize(256)  # sharp, and half as heavy

@@ -106,6 +106,19 @@ def test_a_notebook_can_be_read(nb):
     long = [f'{nb.name}, cell {c.id}: {k} lines' for c in cells(nb) if c.cell_type=='code' and (k := len(c.source.splitlines()))>lines]
     says(([f'{nb.name}: {len(cells(nb))} cells'] if len(cells(nb))>n else [])+long)
 
+# Visible code has at most 92 columns, as a page shows them. Lines over it today may become fewer and not more.
+WIDE = {'00_checks': 16, '00_squash': 9, '00b_registry': 9, '01_routing': 12, '02_factored': 32, '02b_fourier': 52, '03_layers': 18,
+        '04_losses': 15, '05_decoder': 16, '06_capsnet': 43, '06b_baselines': 21, '07_glyphs': 28, '07b_downloads': 19, '08_data': 40,
+        '08a_machine': 15, '08b_tasks': 19, '09_runs': 97, '09b_callbacks': 31, '09c_settings': 20, '10_training': 82, '10b_pretrained': 17,
+        '10c_hub': 9, '10d_measure': 42, '11_visualize': 92, '12_explore': 59, '13_results': 31, '14_multimnist': 27, '15_affine': 41,
+        '16_speed': 62, '17_trust': 5, '18_commands': 154, '19_all': 4, '20_troubleshooting': 15, '21_your_own': 2, 'index': 3}
+
+@pytest.mark.parametrize('nb', notebooks, ids=lambda p: p.stem)
+def test_visible_code_has_92_columns(nb):
+    wide = [f'{nb.name}, cell {c.id}: {len(o)} columns' for c in cells(nb) if c.cell_type=='code'
+            and not re.search(r'^#\| *(hide|echo: *false) *$', c.source, re.M) for o in c.source.splitlines() if len(o)>92 and o[:2]!='#|']
+    if len(wide)>WIDE.get(nb.stem, 0): says(wide)
+
 def exports(nb):
     "The module that a notebook writes, or None"
     return next((m[1] for c in cells(nb) if (m := re.search(r'^#\| *default_exp +(\w+)', c.source, re.M))), None)
