@@ -16,6 +16,7 @@ from .layers import Capsules, CapsuleLayer, DynamicRouting, PrimaryCaps
 from .losses import capsule_loss, margin_loss, reconstruction_loss
 from .decoder import Decoder, mask_capsules
 from .capsnet import CapsConfig, CapsNet, CapsOut, caps_config, count_params
+from .export import export_net, load_exported
 from .baselines import BaselineConfig, BaselineNet, baseline_loss
 from .glyphs import Glyphs, make_glyphs
 
