@@ -70,7 +70,9 @@ def load_exported(
     "Load an exported file as another program would: with onnxruntime, or with `torch.export` alone."
     if Path(path).suffix != ".onnx": return torch.export.load(path).module()
     import onnxruntime
-    s = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    quiet = onnxruntime.SessionOptions()
+    quiet.log_severity_level = 3                                       # errors alone
+    s = onnxruntime.InferenceSession(str(path), quiet, providers=["CPUExecutionProvider"])
     return lambda x: tuple(map(torch.from_numpy, s.run(None, {"image": x.numpy()})))
 
 # %% ../nbs/10e_export.ipynb #export-net-2
