@@ -10,6 +10,7 @@ __all__ = ['TYPES', 'FREE', 'Listed', 'Options', 'Named', 'Place', 'given', 'ver
 # %% ../nbs/18_commands.ipynb #imports
 import errno, importlib, inspect, os, re, shlex, sys, time, traceback
 from contextvars import ContextVar
+from dataclasses import replace
 from functools import wraps
 from json import dumps, loads
 from pathlib import Path
@@ -73,7 +74,8 @@ TYPES = {   # of a parameter, by its annotation or, before that, its name
     "shift": IntRange(0), "warmup": IntRange(0), "seed": IntRange(0, 2**63-1), "channels": IntRange(1, 3),
     "size": _side, "conv_channels": _side, "kernel": _side, "primary_types": _side, "primary_size": _side,
     "class_size": _side, "layers": Listed(Listed(_side, "x")), "decoder_widths": Listed(IntRange(1, 99_999)),
-    "recon_weight": Named(BALANCES), "routing": click.STRING, "trunk": click.STRING, "import_": click.STRING, "out": Place(writes=True),
+    "recon_weight": Named(BALANCES),
+    "routing": click.STRING, "trunk": click.STRING, "import_": click.STRING, "out": Place(writes=True),
     "dataset": Choice(DATASETS), "recipe": Choice(tuple(RECIPES)), "schedule": Choice(SCHEDULES),
     "precision": Choice(PRECISIONS), "compile": Choice(COMPILES), "weights": Choice(("last", "best")),
     "table": Choice(TABLE_NAMES)}
@@ -259,7 +261,7 @@ def _only(f, s): return {k: s[k] for k in inspect.signature(f).parameters if k i
 
 # %% ../nbs/18_commands.ipynb #network
 def _network(image_shape, n_classes, *,
-    routing:str="dynamic",      # How capsules are routed: dynamic, or a name that --import adds
+    routing:str="dynamic",      # uniform, shared, fc, em, self, attention, efficient, or a name that --import adds
     routing_iterations:int=3,   # Routing iterations, where the routing has them
     routing_options:dict=None,  # Its other options, as {"stop_grad": true}
     layers:str=None,            # Capsule layers between primary and class, as 32x16: 32 capsules of 16 numbers
@@ -498,6 +500,7 @@ def capsule_evaluate(
     out:str=None,          # Folder for the two pictures; without it the run folder
     batch_size:int=1000,   # Images at once
     precision:str=None,    # Arithmetic of the network; without it the run's own
+    over_shifts:int=None,  # Beside the plain figure: the mean of all answers to shifts by so many pixels
     json:bool=False,       # Print one JSON object instead of text
     **shared,
 ):
@@ -513,6 +516,10 @@ def capsule_evaluate(
     files = [str(vis.save_figure(f, folder/f"{k}.png")) for k,f in figures.items()]
     found = dict(run=str(run), weights=weights, data=data.name, n=ev.n, n_errors=ev.n_errors, accuracy=ev.accuracy,
                  loss=ev.loss, classes=list(classes), confusion=counts.tolist(), pictures=files)
+    if over_shifts:
+        how = replace(tasks.task_for(net, data.test), forward=tasks.over_shifts(over_shifts))
+        several = tasks.evaluate(net, data.test, batch_size, precision, task=how)
+        found["over_shifts"] = dict(shift=over_shifts, n_errors=several.n_errors, accuracy=several.accuracy)
     if json: print(dumps(found))
     else: _show_evaluation(r, data, found)
     return ev
@@ -525,6 +532,8 @@ def _show_evaluation(r, data, found):
     _say(run=f"{r.path}, {found['weights']} weights"+(f" after epoch {r.history[-1]['epoch']}" if r.history else ""),
          accuracy=_right(found["n_errors"], found["n"], data.name)+" test images", loss=f"{found['loss']:.4f}",
          mistakes=", ".join(f"{a} taken for {b} ({-m})" for m,a,b in wrong[:5]), pictures=", ".join(found["pictures"]))
+    if (s := found.get("over_shifts")):
+        print(f"apart, the mean over all shifts by up to {s['shift']}: {_right(s['n_errors'], found['n'], data.name)}")
 
 # %% ../nbs/18_commands.ipynb #capsule-predict
 @verb("capsule_predict runs/mnist-1 seven.png", {capsule_train: "import_ no_cuda"}, out=Place(".png", ".pdf", ".svg"))

@@ -300,5 +300,5 @@ def load_data(
         if name: raise
         with suppress(DataUnavailable): data_dir = data_dir or default_data_dir()
         data = _load('glyphs', *wish)._replace(note=f'MNIST is neither in {data_dir or "a folder of yours"} '
-            'nor reachable: using glyphs, digits drawn from fonts, instead')
+            'nor reachable: using glyphs, digits drawn from fonts, instead (CAPSULE_ROUTING_DATA names another folder)')
     return data._replace(train=data.train.take(limit))

@@ -159,4 +159,4 @@ def load_named(name, data_dir=None, timeout=30, progress=True):
             return _read(cls, root)
     except OSError as e:
         raise DataUnavailable(f'{cls.__name__}: {wrong}, and could not be downloaded: {e}; name the '
-            'folder that holds it with --data-dir, or use --dataset glyphs') from None
+            'folder that holds it with --data-dir or CAPSULE_ROUTING_DATA, or use --dataset glyphs') from None

@@ -17,7 +17,8 @@ import torch
 from .checks import number, one_of
 from .registry import table, task
 from .capsnet import caps_config
-from .baselines import BaselineConfig, config_from_dict
+from .baselines import BaselineConfig
+from .networks import config_from_dict
 from .data import load_data
 from .machine import pick_compile, pick_device, pick_precision
 from .runs import (LAST, check_like, make_folder, read_checkpoint, read_json, to_json,

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors, save as dump_safetensors
 from torch import Tensor, nn
 
-from .baselines import build_net, config_from_dict
+from .networks import build_net, config_from_dict
 from .capsnet import CapsConfig, modern_names
 from .checks import BadValue, number, one_of, shown, whole
 

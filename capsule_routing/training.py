@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from . import __version__
 from .checks import BadValue, shown
 from .capsnet import Sizes
-from .baselines import build_net
+from .networks import build_net
 from .data import ImageData
 from .machine import (device_name, gather, in_precision, on_machine, peak_memory, pick_compile,
                                      pick_device, pick_precision, processes, rank_world, reduce_all)

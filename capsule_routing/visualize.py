@@ -166,13 +166,16 @@ def dimension_pictures(
 def dimension_figure(net, source:Tensor, which:int=None, offsets=OFFSETS, classes=None) -> Figure:
     "What each dimension of a capsule does to the drawing of an image, or of poses (the paper's figure 4)."
     names,net,poses = _names(net, classes),network_of(net),source
-    if isinstance(source, Tensor) and source.ndim == 3: poses = predict(net, source[None]).poses[0]
+    there = None
+    if isinstance(source, Tensor) and source.ndim == 3: (there,),(poses,),_ = predict(net, source[None])
+    there = lengths(poses) if there is None else there
+    which = _which(net, which, there)
     pictures = dimension_pictures(net, poses, which, offsets)          # (e, s, c, h, w)
-    which,(e,s,_,h,w) = _which(net, which, lengths(poses)),pictures.shape
+    e,s,_,h,w = pictures.shape
     cell = min(0.31, 10/e, 6/s)
     fig,((ax,),) = new_figure(1+cell*s*max(1, w/h), 0.7+cell*e*max(1, h/w))
     sheet = rearrange((pictures*15).round()/15, "e s c h w -> c (e h) (s w)")   # 16 greys make a smaller file
-    show_image(ax, sheet, f"capsule of {names[which]}, length {lengths(poses)[which]:.2f}")
+    show_image(ax, sheet, f"capsule of {names[which]}, length {there[which]:.2f}")
     ticks = range(0, s, math.ceil(s/11))
     says = [f"{offsets[k]:+.2f}" if offsets[k] else "0" for k in ticks]
     ax.set_xticks([w*(k+.5)-.5 for k in ticks], says, fontsize=6)
