@@ -21,6 +21,7 @@ from .efficient import EfficientRouting, exp_squash
 from .losses import capsule_loss, margin_loss, reconstruction_loss
 from .decoder import Decoder, mask_capsules
 from .capsnet import CapsConfig, CapsNet, CapsOut, caps_config, count_params
+from .export import export_net, load_exported
 from .baselines import BaselineConfig, BaselineNet, baseline_loss
 from .networks import CapsuleLossConfig, CNNConfig, build_net, config_from_dict
 from .glyphs import Glyphs, make_glyphs
