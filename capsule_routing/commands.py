@@ -674,14 +674,16 @@ def capsule_bench(*,
 
 # %% ../nbs/18_commands.ipynb #capsule-reproduce
 @verb("capsule_reproduce table1 --recipe fast --seeds 1",
-      {_data: "data_dir limit", capsule_train: "no_cuda quiet",
+      {_data: "data_dir limit", capsule_train: "no_cuda quiet import_",
        TrainConfig: "precision compile threads deterministic log_interval checkpoint_minutes"},
-      rows=Listed(click.STRING), seeds=Listed(TYPES["seed"]),
+      rows=Listed(click.STRING), seeds=Listed(TYPES["seed"]), size=Choice(("tiny", "small", "paper")),
       dataset=Choice(("mnist", "fashion_mnist", "kmnist", "glyphs")))
 def capsule_reproduce(
-    table:str, *,          # table1, multimnist, affnist or routing
+    table:str, *,          # table1, multimnist, affnist, routing or routings
     rows:str=None,         # Names of rows with commas between; without it all
     seeds:str="1,2,3",     # Seeds with commas between; each row is run with each
+    size:str=None,         # Of the table routings: tiny (a try), small (without it) or paper
+    dry_run:bool=False,    # Train nothing; say what is done and what the rest will take
     recipe:str="paper",    # The authors' schedule (250 epochs), or fast (12)
     epochs:int=None,       # Passes over the training images; without it the recipe's
     dataset:str=None,      # Other images than the table's, for a try
@@ -690,7 +692,12 @@ def capsule_reproduce(
     **more,
 ):
     "Run a table of the paper again and print it beside the paper's figures."
-    from capsule_routing import checks, results
+    from capsule_routing import checks, machine, plan, results
+    _import(more.pop("import_"))
+    if table == "routings":
+        s = dict(rows=rows, seeds=seeds, size=size or "small", dataset=dataset or "mnist", out=out, **more)
+        return _routings(plan.reproduce_routings, s, dict(dry_run=dry_run, show=show))
+    if size: raise BadValue("size", size, "is for the table routings")
     for m in ("multimnist", "affine"): importlib.import_module(f"capsule_routing.{m}")  # they register their tables
     t = results.get_table(table)
     names = [r.name for r in t.rows]
@@ -702,12 +709,29 @@ def capsule_reproduce(
         return got
     t = t._replace(rows=tuple(r for r in t.rows if r.name in names))
     s = dict(recipe=recipe, epochs=epochs, dataset=dataset, out=out, **more)
+    if dry_run:
+        s |= dict(device=machine.pick_device(s.pop("no_cuda")), data=t.data(s["data_dir"], s["limit"], dataset))
+        print(*(lines := plan.plan_lines(plan.plan_table(t, seeds, **s))), sep="\n")
+        return lines
     got = list(_reproduce(t, dict.fromkeys(seeds), s, s.pop("quiet")))
     print(results.table_text(t, got))
     _say(files=Path(out, table))
     return got
 
 # %% ../nbs/18_commands.ipynb #reproduce-body
+def _routings(reproduce, s, what):
+    "The table of routings: its settings are its own"
+    from capsule_routing.machine import pick_device
+    for k in given() & {"recipe", "epochs", "limit", "precision", "compile", "deterministic"}:
+        raise BadValue(k, s.get(k), "can not be chosen for the table routings")
+    own = _only(reproduce, s) | dict(device=pick_device(s["no_cuda"]), command=_command(
+        capsule_reproduce, s, ("out", "data_dir", "rows", "seeds", "quiet"), ("routings",)))
+    if "seeds" not in given(): del own["seeds"]
+    def say(line):
+        if not s["quiet"]: print(line, flush=True)
+    with _Reporter("held-out", True, ", the same command goes on with it") as reporter:
+        return reproduce(**own, **what, say=say, reporter=reporter)
+
 def _reproduce(t, seeds, s, quiet):
     "Train what is not trained yet, a first of every row before a second of one; their results"
     from capsule_routing import machine, results
