@@ -99,7 +99,9 @@ def rounded(net:CapsNet) -> CapsNet:
 # %% ../nbs/12b_draw.ipynb #measured-lines
 def measured_lines() -> str:
     "What the results file of this page says, in a sentence."
-    r = json.loads((files("capsule_routing")/"results"/"draw-browser.json").read_text())
+    at = files("capsule_routing")/"results"/"draw-browser.json"
+    if not at.is_file(): return "All 10,000 test images are not measured yet."
+    r = json.loads(at.read_text())
     return (f"Of {r['n']:,} test images the page and PyTorch name the same class in all but {r['differ']}; lengths differ by at most "
             f"{r['lengths']:.1e}, with the weights before rounding by {r['lengths_unrounded']:.3f}. A look takes {r['look_ms']:.0f} ms, and from "
             f"the pen's move to the bars {r['stroke_ms']:.0f} ms (medians; {r['device']}, {r['browser']}).")

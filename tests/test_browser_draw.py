@@ -165,7 +165,6 @@ def test_no_class_is_there(open_page, serve, folder):
     page.locator("#clear").click()
     box = page.locator("#pad").bounding_box()
     for ((x, y),) in dots: page.mouse.click(box["x"]+x*box["width"], box["y"]+y*box["height"])
-    got = looked(page, 1)
     page.wait_for_function(f"{ELEMENT}.capsules.state.marks.length === 4 && !{ELEMENT}.shadowRoot.getElementById('says').textContent.startsWith('Draw')")
     page.wait_for_timeout(1000)
     lengths = page.evaluate(f"[...{ELEMENT}.capsules.state.result.steps[2].lengths]")

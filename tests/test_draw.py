@@ -1,12 +1,11 @@
 "The drawing page without a browser: its weights and back, its JavaScript under node, what it refuses."
 import json, shutil, subprocess
-import numpy as np
 import pytest
 import torch
 from capsule_routing.capsnet import CapsNet, caps_config
 from capsule_routing.data import ImageSet
 from capsule_routing.decoder import mask_capsules
-from capsule_routing.draw import CapsuleDraw, DrawHere, SlidersHere, Live, browser_can, draw_config, draw_page, first_sight, int8_weights, rounded, run_page, write_site
+from capsule_routing.draw import CapsuleDraw, DrawHere, SlidersHere, Live, browser_can, draw_config, draw_page, int8_weights, rounded, run_page, write_site
 from capsule_routing.explore import explorer_file
 from capsule_routing.strokes import STROKES, digit_strokes, fit_ink, stroke_ink
 
