@@ -1,9 +1,39 @@
 "Build the documentation: with Quarto where it is on PATH, else nbdev's processing alone, as with `--no-render`; every page must exist."
-import json,os,re,shutil,subprocess,sys,warnings
+import inspect,json,os,re,shutil,subprocess,sys,warnings
 from pathlib import Path
+from fastcore.docments import DocmentText
+from nbdev.doclinks import NbdevLookup
 from nbdev.serve_drv import main as process_page
 
 top = Path(__file__).resolve().parent.parent
+
+link_names,parameters,signature = NbdevLookup.link_line,DocmentText.params.fget,DocmentText.__str__
+
+def link_line(self, line):
+    "Names of the API become links, but for those that are a link's text already"
+    parts = re.split(r'(\[[^\]]*\]\([^)]*\))', line)
+    return ''.join(o if i%2 else link_names(self, o) for i,o in enumerate(parts))
+
+def comments(cls):
+    "What the class's body says beside each field"
+    found = {}
+    for o in reversed(cls.__mro__):
+        if o.__module__.startswith('capsule_routing'):
+            found |= {a:b for a,b in re.findall(r'^ {4}(\w+) *:[^#\n]*# *(.*)$', inspect.getsource(o), re.M)}
+    return found
+
+def fields(self):
+    "The parameters of a function, or the fields of a class without its own `__init__`, of which nbdev says `*args, **kwargs`"
+    old = parameters(self)
+    if not inspect.isclass(self.obj) or [o for o,_ in old]!=['*args', '**kwargs']: return old
+    try: pars = inspect.signature(self.obj).parameters.values()
+    except ValueError: return old
+    said = comments(self.obj)
+    return [(re.sub(r'\b(?:\w+\.)+(?=[A-Z])', '', str(o)).replace(': ', ':').replace(' = ', '=').replace("'", ''), said.get(o.name, '')) for o in pars]
+
+def declared(self):
+    "A class is declared as one"
+    return re.sub('^def ', 'class ', signature(self)) if inspect.isclass(self.obj) else signature(self)
 
 def page(*args):
     "Process one notebook; one that changes its folder does so for itself alone"
@@ -18,6 +48,7 @@ def process():
     serve_drv.main = page
     from capsule_routing.draw import Live
     Live.building = True # pages get the live elements, not their pictures
+    NbdevLookup.link_line,DocmentText.params,DocmentText.__str__ = link_line,property(fields),declared
     refresh_quarto_yml()
     shutil.rmtree('_proc', ignore_errors=True)
     # A relative path: nbdev silently skips each file that has a dot-folder anywhere in its path.

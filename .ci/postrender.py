@@ -80,6 +80,10 @@ def cite(html, paper='https://arxiv.org/abs/1710.09829'):
         return m[0] if not said else f'{m["link"]}<a href="{paper}" style="float:right; font-size:smaller; margin-right:1em">paper, {said[0]}</a>{m["doc"]}'
     return re.sub(r'(?P<link><a href="[^"]*"[^>]*>source</a>)(?P<doc></p>\s*(?:</section>\s*)*<section.*?</pre>(?:(?!<div|<section|</section|<p><a href).)*)', add, html, flags=re.S)
 
+def skippable(html):
+    "`html` whose first link leads past the menus"
+    return re.sub(r'<body[^>]*>', lambda m: m[0]+'\n<a class="skip-link" href="#quarto-document-content">Skip to the content</a>', html, count=1)
+
 class Loads(HTMLParser):
     "Collects in `urls` what a browser fetches to show a page, and in `links` where its links lead; in `ids` the places that a link can name"
     loading = dict(script='src', img='src', source='src', video='src', audio='src', track='src', iframe='src', embed='src', object='data', input='src', image='href', use='href')
@@ -124,6 +128,7 @@ def main(out):
         new,names = localise(old, root, cfg['doc_host']+cfg['doc_baseurl'])
         used |= names
         nb = notebook(p)
+        if 'id="quarto-document-content"' in new and 'class="skip-link"' not in new: new = skippable(new)
         if nb and 'class="open-in"' not in new: new = open_in(cite(new), nb.name, cfg['git_url'], cfg['branch'])
         if new!=old: p.write_text(new, encoding='utf-8')
     if used:

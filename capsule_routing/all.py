@@ -13,10 +13,16 @@ from .routing import RoutingTrace, route, votes
 from .factored import route_factored
 from .fourier import FourierConv2d, fourier_conv2d, keep_freed_memory
 from .layers import Capsules, CapsuleLayer, DynamicRouting, PrimaryCaps
+from .controls import FullyConnected, SharedTransform, UniformRouting
+from .em import EMRouting
+from .selfrouting import SelfRouting
+from .attention import AttentionRouting
+from .efficient import EfficientRouting, exp_squash
 from .losses import capsule_loss, margin_loss, reconstruction_loss
 from .decoder import Decoder, mask_capsules
 from .capsnet import CapsConfig, CapsNet, CapsOut, caps_config, count_params
 from .baselines import BaselineConfig, BaselineNet, baseline_loss
+from .networks import CapsuleLossConfig, CNNConfig, build_net, config_from_dict
 from .glyphs import Glyphs, make_glyphs
 
 # %% ../nbs/19_all.ipynb #imports-data

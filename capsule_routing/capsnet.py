@@ -16,7 +16,11 @@ from torch import nn, Tensor
 from .checks import BadValue, can_look, floats, one_of, whole
 from .registry import network, routing, trunk
 from .layers import Capsules, PrimaryCaps
+from . import attention, controls, efficient, em, selfrouting
 from .decoder import Decoder, mask_capsules
+
+# %% ../nbs/06_capsnet.ipynb #registered
+_REGISTERED = attention,controls,efficient,em,selfrouting # modules whose layers a config can name, once imported
 
 # %% ../nbs/06_capsnet.ipynb #sizes-of-all
 class Sizes:

@@ -75,9 +75,10 @@ def floats(field:str, x, shape:tuple):
     return x
 
 def can_look(x) -> bool:
-    "May values be checked? On the CPU, outside `torch.compile`."
+    "May values be checked? On the CPU, outside `torch.compile` and `torch.func`."
     import torch
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active(): return False
+    return x.device.type == "cpu"
 
 def class_indices(field:str, which, b:int, n:int):
     "`which`, `b` class indices from 0 to `n-1`."

@@ -9,6 +9,7 @@ __all__ = ['FORMATS', 'MAX_PIXELS', 'DATASETS', 'GLYPHS_TRAIN', 'GLYPHS_TEST', '
 
 # %% ../nbs/08_data.ipynb #data-imports
 import warnings
+from contextlib import suppress
 from copy import copy
 from pathlib import Path
 from typing import Iterator, NamedTuple
@@ -21,6 +22,7 @@ from torch.utils.data import Dataset
 from .checks import BadValue, class_indices, one_of, shown, whole
 from .downloads import NAMED, DataUnavailable, default_data_dir, load_named
 from .glyphs import make_glyphs
+from .texts import printable
 
 _all_ = ['NAMED', 'DataUnavailable', 'default_data_dir']
 
@@ -34,7 +36,7 @@ class ImageSet(Dataset):
         factors:Tensor=None,   # Numbers that made each image, `(n, f)`, where they are known
         factor_names:tuple=(), # Their `f` names
     ):
-        self.classes, self.factor_names = tuple(map(str, classes)), tuple(factor_names)
+        self.classes, self.factor_names = tuple(map(printable, classes)), tuple(factor_names)
         self.x, self.y, self.factors = _checked(x, y, factors, self.n_classes, len(factor_names))
     def __len__(self): return len(self.x)
     def __getitem__(self, i): return self.x[i].float() / 255, int(self.y[i])
@@ -296,6 +298,7 @@ def load_data(
     try: data = _load(name or 'mnist', *wish)
     except DataUnavailable:
         if name: raise
-        data = _load('glyphs', *wish)._replace(note=f'MNIST is neither in {data_dir or default_data_dir()} '
-            'nor reachable: using glyphs, digits drawn from fonts, instead')
+        with suppress(DataUnavailable): data_dir = data_dir or default_data_dir()
+        data = _load('glyphs', *wish)._replace(note=f'MNIST is neither in {data_dir or "a folder of yours"} '
+            'nor reachable: using glyphs, digits drawn from fonts, instead (CAPSULE_ROUTING_DATA names another folder)')
     return data._replace(train=data.train.take(limit))

@@ -46,4 +46,5 @@ class Decoder(nn.Module):
     ) -> Tensor:       # Images, `(b, c, h, w)` or `(b, k, c, h, w)`, from 0 to 1
         any_size = (None,)*(getattr(masked, "ndim", 2) - 1)
         floats("masked", masked, (*any_size, self.layers[0].in_features))
+        masked = masked.to(self.layers[0].weight.dtype)           # poses are fp32 in half precision too
         return full_precision(self.layers(masked)).sigmoid().unflatten(-1, self.image_shape)

@@ -27,7 +27,8 @@ def default_data_dir(
     "Where data sets are kept when nothing else is said."
     from platformdirs import user_cache_path
     given = os.environ.get('CAPSULE_ROUTING_DATA')
-    return Path(given).expanduser() if given else user_cache_path('capsule_routing', False)/'data'
+    try: return Path(given).expanduser() if given else user_cache_path('capsule_routing', False)/'data'
+    except RuntimeError as e: raise DataUnavailable(f'no folder for data sets ({e})') from None
 
 # %% ../nbs/07b_downloads.ipynb #sources
 NAMED = dict(mnist='MNIST', fashion_mnist='FashionMNIST', kmnist='KMNIST', cifar10='CIFAR10')
@@ -133,12 +134,12 @@ def _download(cls, root, timeout, progress):
             os.replace(path, place)
 
 # %% ../nbs/07b_downloads.ipynb #lock
-def _lock(path, timeout, progress):
-    "Wait for a lock, not silently; filelock's Timeout is an OSError."
+def _lock(path, timeout):
+    "Wait for a lock, never silently; filelock's Timeout is an OSError."
     from filelock import FileLock, Timeout
     lock = FileLock(path)
     with suppress(Timeout): return lock.acquire(timeout=0)
-    if progress: print(f'waiting for another process, which holds {path}', file=sys.stderr)
+    print(f'waiting up to {timeout:g} s for another process, which holds {path}', file=sys.stderr)
     return lock.acquire(timeout=timeout)
 
 # %% ../nbs/07b_downloads.ipynb #load-named
@@ -153,9 +154,9 @@ def load_named(name, data_dir=None, timeout=30, progress=True):
     except OSError as e: wrong = e
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with _lock(root/'.download.lock', 10 * timeout, progress):
+        with _lock(root/'.download.lock', 10 * timeout):
             _download(cls, root, timeout, progress)
             return _read(cls, root)
     except OSError as e:
         raise DataUnavailable(f'{cls.__name__}: {wrong}, and could not be downloaded: {e}; name the '
-            'folder that holds it with --data-dir, or use --dataset glyphs') from None
+            'folder that holds it with --data-dir or CAPSULE_ROUTING_DATA, or use --dataset glyphs') from None

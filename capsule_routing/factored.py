@@ -9,6 +9,7 @@ __all__ = ['EPS', 'is_transformed', 'plain_grads', 'in_bf16', 'has_bf16', 'route
 from pathlib import Path
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from .checks import floats, whole
 from .squash import squash
 from .routing import votes, route
@@ -67,7 +68,8 @@ def is_transformed(x:Tensor) -> bool: # Will only PyTorch's own operations do?
     exporting = getattr(torch.compiler, "is_exporting", torch.onnx.is_in_onnx_export)  # older PyTorch lacks it
     if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export(): return True
     if exporting() or torch._C._are_functorch_transforms_active(): return True
-    return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(x) # is_grads_batched
+    if torch.compiler.is_compiling(): return False
+    return forward_ad._current_level >= 0 or torch._C._functorch.is_legacy_batchedtensor(x) # is_grads_batched
 
 # %% ../nbs/02_factored.ipynb #plain-grads
 def plain_grads(f, inputs:tuple, g:Tensor) -> tuple:

@@ -135,13 +135,13 @@ def routing_view(net, images:Tensor) -> RoutingView:
     def on_grid(t): return rearrange(t, "r b (t h w) j -> r b j t h w", h=h, w=w).cpu()
     with asking(net) as device:
         x,W,support = as_input(a_batch(images), device),getattr(net.digit, "W", None),None
-        c,_,v = net.trace(x)[1]                                    # (r, b, i, j), (r, b, j, e)
+        c,_,v,_ = trace = net.trace(x)[1]                          # (r, b, i, j), (r, b, j, e)
         entropy = torch.special.entr(c).sum(3, keepdim=True)/math.log(c.shape[3])
-        if W is not None:
+        if W is not None and W[0, 0].numel() == math.prod(net.digit.sizes[1::2]): # votes of Eq. 2
             u_hat = votes(net.capsules(x).pose, full_precision(W)) # (b, i, j, e)
             unit = v/lengths(v)[...,None].clamp_min(1e-12)
             support = on_grid(c*torch.einsum("bije,rbje->rbij", u_hat, unit))
-    return RoutingView(on_grid(c), support, on_grid(entropy)[:, :, 0], lengths(v).cpu())
+    return RoutingView(on_grid(c), support, on_grid(entropy)[:, :, 0], trace.activation.cpu())
 
 # %% ../nbs/10d_measure.ipynb #winner-share
 class Winners(NamedTuple):
@@ -155,8 +155,8 @@ def winner_share(net, images:Tensor, batch_size:int=100) -> Winners:
     net,rows = network_of(net),[]
     with asking(net) as device:
         for x in a_batch(images).split(batch_size):
-            c,_,v = net.trace(x.to(device))[1]
-            winner,last = lengths(v).argmax(2),c[-1]                       # (r, b), (b, i, j)
+            trace = net.trace(x.to(device))[1]
+            winner,last = trace.activation.argmax(2),trace.c[-1]           # (r, b), (b, i, j)
             to = last.take_along_dim(winner[-1][:,None,None], 2)[..., 0]   # (b, i)
             rows.append((winner.T, to.mean(1), (to == last.amax(2)).float().mean(1)))
     winner,share,largest = (torch.cat(o).cpu() for o in zip(*rows))

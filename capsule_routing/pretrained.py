@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load as load_safetensors, save as dump_safetensors
 from torch import Tensor, nn
 
-from .baselines import build_net, config_from_dict
+from .networks import build_net, config_from_dict
 from .checks import one_of
 from .data import ImageSet
 from .runs import Run, to_json, write_atomic

@@ -14,13 +14,14 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Callable, NamedTuple, Optional, Union
 import torch
-from .checks import one_of
+from .checks import number, one_of
 from .registry import table, task
 from .capsnet import caps_config
-from .baselines import BaselineConfig, config_from_dict
+from .baselines import BaselineConfig
+from .networks import config_from_dict
 from .data import load_data
 from .machine import pick_compile, pick_device, pick_precision
-from .runs import (LAST, make_folder, read_checkpoint, read_json, to_json,
+from .runs import (LAST, check_like, make_folder, read_checkpoint, read_json, to_json,
                                   write_atomic)
 from .settings import FREE, RECIPES, TrainConfig
 from .training import fit, new_net
@@ -103,8 +104,8 @@ def run_result(path, table:str, row:Row, command:str, more:dict={}) -> dict:
 
 # %% ../nbs/13_results.ipynb #result-file
 UNCOUNTED = {"seed", "deterministic", *FREE} - {"epochs"}   # a mean may run over these settings
-FIELDS = dict(row=str, seed=int, network=dict, training=dict, data=dict, metrics=dict, history=list,
-              seconds=(int, float), n=int, n_errors=int, epoch=int, device=str)
+FIELDS = dict(row="", seed=0, network={}, training={}, data=dict(name="", n_train=1, n_test=1), metrics={},
+              history=[dict(test_accuracy=0.)], seconds=0., n=1, n_errors=0, epoch=1, device="")   # like these
 
 def _counted(r):
     "What decides the figures of a run, the seed apart; an old file may lack a new setting."
@@ -115,10 +116,12 @@ def _counted(r):
 def _read_result(file):
     "A results file, or one line that says that it is none."
     with as_file(file) as f: r = read_json(f)
-    bad = next((k for k,t in FIELDS.items() if not isinstance(r.get(k), t)), None)
+    bad = next((k for k in FIELDS if k not in r or k == "data" and not {*FIELDS[k]} <= {*r[k]}), None)
     try:
-        if bad: raise ValueError(f"{bad!r} is missing or of a wrong type")
-        TrainConfig(**r["training"]), _counted(r), _how(r), statistics.fmean(r["metrics"].values())
+        if bad: raise ValueError(f"{bad!r} is missing")
+        check_like(r, FIELDS)
+        for k,v in r["metrics"].items(): number(f"metrics.{k}", v, -1e300)
+        TrainConfig(**r["training"]), _counted(r), _how(r), r["history"][-1], r["metrics"]["error"]
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
         raise ValueError(f"{file}: not the results file of a run, {' '.join(str(e).split())}") from None
     return r
@@ -212,7 +215,7 @@ def table_rows(table:Table, results:list) -> list:
     out = [["network", *head, "n", "training", "time of a run", "device"]]
     for row in table.rows:
         for g in same_kind([r for r in results if r["row"] == row.name]) or [[]]:
-            def ours(m): return mean_deviation([r["metrics"][m] for r in g]) if g else "not run"
+            def ours(m): return mean_deviation(o) if (o := [r["metrics"][m] for r in g if m in r["metrics"]]) else "not run"
             figures = pairs(lambda m: row.paper.get(m, ""), ours)
             out.append([row.title, *figures, *(_last_columns(g) if g else [""]*4)])
     return out

@@ -6,11 +6,11 @@
 __all__ = ['votes', 'RoutingTrace', 'route']
 
 # %% ../nbs/01_routing.ipynb #imports
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 from .checks import floats, whole
-from .squash import full_precision, squash
+from .squash import full_precision, lengths, squash
 
 # %% ../nbs/01_routing.ipynb #votes
 def votes(
@@ -28,6 +28,12 @@ class RoutingTrace(NamedTuple):
     c:Tensor  # Coupling coefficients, `(r, b, i, j)`; each sums to 1 over `j`
     b:Tensor  # Logits that gave them, `(r, b, i, j)`; zero at the first iteration
     v:Tensor  # Poses of the parents, `(r, b, j, e)`
+    a:Optional[Tensor]=None # Their activations, `(r, b, j)`, where these are not the lengths of the poses
+
+    @property
+    def activation(self) -> Tensor:
+        "Is the parent there? `(r, b, j)`"
+        return lengths(self.v) if self.a is None else self.a
 
 # %% ../nbs/01_routing.ipynb #route
 def route(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FORMAT', 'CONFIG', 'HISTORY', 'LAST', 'BEST', 'LOCK', 'MAX_JSON', 'MAX_EPOCHS', 'MAX_DEPTH', 'MAX_OBJECTS',
            'MAX_PARAMS', 'MAX_STATE', 'OPTIM', 'CALLBACKS', 'RAW', 'SUMS', 'write_atomic', 'digest', 'write_tensors',
-           'to_json', 'read_json', 'network_spec', 'first_nonfinite', 'read_tensors', 'check_rebuilds', 'RunLocked',
-           'lock_run', 'full_config', 'make_folder', 'save_run', 'Run', 'load_run', 'pack_optimizer',
+           'to_json', 'read_json', 'network_spec', 'check_like', 'first_nonfinite', 'read_tensors', 'check_rebuilds',
+           'RunLocked', 'lock_run', 'full_config', 'make_folder', 'save_run', 'Run', 'load_run', 'pack_optimizer',
            'unpack_optimizer', 'Checkpoint', 'write_checkpoint', 'read_checkpoint']
 
 # %% ../nbs/09_runs.ipynb #imports
@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors, save as dump_safetensors
 from torch import Tensor, nn
 
-from .baselines import build_net, config_from_dict
+from .networks import build_net, config_from_dict
 from .capsnet import CapsConfig, modern_names
 from .checks import BadValue, number, one_of, shown, whole
 
@@ -49,6 +49,9 @@ def write_atomic(path, data:bytes, before=lambda: None) -> Path:
             f.write(data); f.flush(); os.fsync(f.fileno())
         before()                                      # it took a while
         os.replace(tmp, path)
+    except OSError as e:
+        if e.errno and not e.filename: e.filename = str(path)   # a full disk does not say which file
+        raise
     finally: tmp.unlink(missing_ok=True)              # gives the space back to a full disk
     if os.name != "nt":                               # make the disk store the folder's entries, where it can
         fd = os.open(path.parent, os.O_RDONLY)
@@ -127,7 +130,11 @@ def _network(config, path) -> tuple:
         spec = network_spec(cfg := config_from_dict(config["network"])).values()
         n = sum(math.prod(s) for s, _ in spec)
         if n > MAX_PARAMS: raise ValueError(f"{n} weights where at most {MAX_PARAMS} are loaded")
-    except Exception as e: raise _problem(path, f"its config makes no network: {e or type(e).__name__}") from None
+    except Exception as e:
+        used = config.get("settings") if type(config) is dict else None
+        used = used.get("import_") if type(used) is dict else None           # of capsule_train
+        told = f"; the run was begun with --import {' '.join(map(str, used))}" if type(used) is list and used else ""
+        raise _problem(path, f"its config makes no network: {e or type(e).__name__}{told}") from None
     return cfg, sum(math.prod(s)*t.itemsize for s, t in spec)
 
 # %% ../nbs/09_runs.ipynb #example
@@ -142,16 +149,16 @@ _META = dict(file="", epoch=1, step=0, global_step=0, seconds=0., sessions=[{}],
 
 _CALLED = {dict: "an object", list: "a list", str: "text", type(None): "null"}
 
-def _check(v, like, where=""):
+def check_like(v, like, where=""):
     "`BadValue` if a value, or one within it, is not like an example."
     if type(like) is tuple: like = next((o for o in like if type(o) is type(v)), like[0])
     if type(like) is int: whole(where, v, like)
     elif type(like) is float: number(where, v, like)
     elif type(v) is not type(like): raise BadValue(where, v, f"must be {_CALLED[type(like)]}")
     elif type(like) is dict:
-        for k in like.keys() & v.keys(): _check(v[k], like[k], f"{where}.{k}".lstrip("."))
+        for k in like.keys() & v.keys(): check_like(v[k], like[k], f"{where}.{k}".lstrip("."))
     elif type(like) is list:
-        for i, o in enumerate(v): _check(o, like[0], f"{where}[{i}]")
+        for i, o in enumerate(v): check_like(o, like[0], f"{where}[{i}]")
 
 # %% ../nbs/09_runs.ipynb #read-tensors
 def first_nonfinite(tensors:dict) -> Optional[str]:
@@ -179,7 +186,7 @@ def read_tensors(path) -> tuple:
     if meta["config"]["format"] == 1: tensors = modern_names(tensors)
     if (k := first_nonfinite(tensors)): raise _problem(path, f"{k!r} holds NaN or infinity")
     try:
-        _check(meta, _META)
+        check_like(meta, _META)
         with torch.random.fork_rng(devices=[]): net = build_net(cfg)
         net.load_state_dict(_weights(tensors))
     except (BadValue, RuntimeError) as e: raise _problem(path, e) from None
@@ -194,13 +201,18 @@ def _parts(net) -> dict:
         out[k or "the network"] = f"{type(m).__module__}.{type(m).__qualname__}({m.extra_repr()}) {options or ''}"
     return out | _shapes(net.state_dict())
 
+def _told(v, other):
+    "What a part is, in as few words as tell it from another."
+    short = v.split("(")[0] if isinstance(v, str) else v
+    return v if str(other).startswith(f"{short}(") else short
+
 def check_rebuilds(net:nn.Module):
     "Refuse a network that a run folder could not give back: one that its config (`net.cfg`) would not build."
     try:
         cfg = config_from_dict(json.loads(json.dumps(net.cfg.to_dict(), allow_nan=False)))
         with torch.device("meta"): a, b = _parts(net), _parts(build_net(cfg))
-        what = [f"{k} is {a.get(k, 'missing')} where its config makes {b.get(k, 'nothing')}"
-                for k in {**b, **a} if a.get(k) != b.get(k)][:1]
+        both = [(k, a.get(k, "missing"), b.get(k, "nothing")) for k in {**b, **a} if a.get(k) != b.get(k)][:1]
+        what = [f"{k} is {_told(v, w)} where its config makes {_told(w, v)}" for k, v, w in both]
     except Exception as e: what = [f"its config makes no network: {e or type(e).__name__}"]
     if what: raise BadValue("net", type(net).__name__, f"{what[0]}; register your layers and name them in the config")
 
@@ -245,7 +257,7 @@ def save_run(
     path, weights = Path(path), net.state_dict()
     if (k := first_nonfinite(weights)): raise BadValue("net", k, "holds NaN or infinity; such weights are not saved")
     meta = to_json(dict(config=full_config(net, config), history=history or []))
-    _check(meta := _parse(meta, path, dict, "what it should hold"), _META)     # or it could not be loaded
+    check_like(meta := _parse(meta, path, dict, "what it should hold"), _META)     # or it could not be loaded
     with lock_run(make_folder(path)) as held:
         write_atomic(path/CONFIG, to_json(meta["config"]), held)
         for name in (BEST, LAST): write_tensors(path/name, weights, dict(meta, file=name), held)

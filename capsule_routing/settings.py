@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import Optional
 from .checks import BadValue, flag, number, one_of, whole
-from .names import COMPILES, PRECISIONS, SCHEDULES
+from .names import BALANCES, COMPILES, PRECISIONS, SCHEDULES
 
 # %% ../nbs/09c_settings.ipynb #train-config
 WHOLE = (("epochs", 1, 30_000), ("batch_size", 1, 2**31), ("test_batch_size", 1, 2**31), ("decay_steps", 1, 2**31),
@@ -29,9 +29,9 @@ class TrainConfig:
     average:float=0.          # Decay of averaged weights, for each step; 0 for none, 0.998 in the recipe fast
     stop_at:Optional[float]=None # Stop at this test accuracy, a share: to compare networks, never for a headline
     shift:int=2               # Largest random shift of a training image, in pixels
-    recon_weight:float=0.0005 # Weight of the reconstruction loss, a sum of squares
+    recon_weight:float=0.0005 # Weight of the summed squared error; or paper (0.0005), authors (0.01: their code's)
     seed:int=1                # Decides first weights, order and shifts
-    precision:str="auto"      # Arithmetic of the network; auto is bf16 on a GPU that has it, else fp32
+    precision:str="auto"      # Arithmetic of the products; auto is bf16 where GPU or processor has it
     deterministic:bool=False  # The same weights again on a GPU too (the CPU needs no flag)
     threads:Optional[int]=None # CPU threads; without it torch's number, which is recorded
     compile:str="off"         # on is torch.compile, on a GPU with CUDA graphs; pays in long runs
@@ -44,7 +44,9 @@ class TrainConfig:
         for k,hi in (("threads", 4096), ("checkpoint_steps", 2**31)):
             if getattr(self, k) is not None: whole(k, getattr(self, k), 1, hi)
         number("lr", self.lr, above=True)
-        number("recon_weight", self.recon_weight)
+        w = self.recon_weight
+        if isinstance(w, str): object.__setattr__(self, "recon_weight", BALANCES[one_of("recon_weight", w, BALANCES)])
+        else: number("recon_weight", w)
         number("average", self.average, hi=1, below=True)
         if self.stop_at is not None: number("stop_at", self.stop_at, hi=1, above=True)
         if self.checkpoint_minutes is not None: number("checkpoint_minutes", self.checkpoint_minutes, above=True)

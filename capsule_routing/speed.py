@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['STAGES', 'WAYS', 'ALONE', 'CODE', 'KINDS', 'GROWTH', 'PARTS', 'TITLES', 'EinsumCaps', 'BroadcastCaps', 'ScriptCaps',
            'staged_net', 'some_batch', 'manage_memory', 'staged_step', 'alternate', 'spread', 'PeakBytes', 'peak_bytes',
-           'native_bf16', 'machine', 'machine_limits', 'step_flop', 'compared', 'bench_step', 'stand_alone', 'Alone',
-           'bench_script', 'step_parts', 'bench_shares', 'bench_routing', 'bench_inference', 'bench_growth',
-           'bench_epoch', 'run_bench', 'script_ratios', 'contest', 'bench_table', 'speed_results']
+           'machine', 'machine_limits', 'step_flop', 'compared', 'bench_step', 'stand_alone', 'Alone', 'bench_script',
+           'step_parts', 'bench_shares', 'bench_routing', 'bench_inference', 'bench_growth', 'bench_epoch', 'run_bench',
+           'script_ratios', 'contest', 'bench_table', 'speed_results']
 
 # %% ../nbs/16_speed.ipynb #imports
 import json, os, platform, statistics, subprocess, sys, time
@@ -29,14 +29,13 @@ from .checks import one_of, whole
 from .registry import routing
 from .squash import lengths, squash
 from .routing import votes, route
-from .factored import has_bf16
 from .fourier import keep_freed_memory
 from .layers import CapsuleLayer, DynamicRouting, by_length
 from .losses import capsule_loss
 from .decoder import mask_capsules
 from .capsnet import CapsConfig, CapsNet, CapsOut
 from .data import ImageData, ImageSet
-from .machine import device_name, in_precision, pick_precision
+from .machine import device_name, in_precision, native_bf16, pick_precision
 from .training import TrainConfig, evaluate, fit, new_net
 
 # %% ../nbs/16_speed.ipynb #broadcast-caps
@@ -167,10 +166,6 @@ def peak_bytes(f) -> int:
     return m.peak
 
 # %% ../nbs/16_speed.ipynb #machine
-def native_bf16(device='cpu') -> bool:
-    "Does the device multiply bfloat16 natively?"
-    return torch.cuda.is_bf16_supported(False) if torch.device(device).type == 'cuda' else has_bf16()
-
 def machine(device='cpu') -> dict:
     "What a reader must know to compare: device, threads, instructions and versions."
     return dict(

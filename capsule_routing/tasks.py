@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'asking', 'as_input', 'predict', 'look', 'named', 'count_errors', 'Task', 'margin', 'classification',
-           'task_for', 'Evaluation', 'Sums', 'evaluate']
+           'task_for', 'Evaluation', 'Sums', 'evaluate', 'over_shifts']
 
 # %% ../nbs/08b_tasks.ipynb #imports
 from contextlib import contextmanager
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Callable, NamedTuple, Optional
 import torch
 from torch import Tensor
-from .checks import BadValue, one_of
+from .checks import BadValue, one_of, whole
 from .registry import task
 from .machine import in_precision, pick_precision
 from .losses import margin_loss, reconstruction_loss
 from .baselines import baseline_loss
-from .data import batches, eval_batches
+from .data import batches, eval_batches, shift_images
 
 # %% ../nbs/08b_tasks.ipynb #asking
 @contextmanager
@@ -36,6 +36,11 @@ def as_input(x:Tensor, device:torch.device) -> Tensor:
     return x.to(memory_format=torch.channels_last) if x.is_cuda else x
 
 # %% ../nbs/08b_tasks.ipynb #predict
+def _numbers(net, answers):
+    "Weights near the largest float give answers that are none"
+    if answers.isfinite().all(): return
+    raise BadValue("net", type(net).__name__, "its weights give answers that are no numbers (NaN or infinity)")
+
 def predict(
     net,                      # Network, on its device
     images,                   # An `ImageSet`, or images `(n, c, h, w)`: bytes, or numbers from 0 to 1
@@ -51,8 +56,8 @@ def predict(
             part = slice(k, k + batch_size)
             outs.append(net(as_input(x[part], device), *(() if y is None else (y[part].to(device),))))
     out = type(outs[0])(*(None if o[0] is None else torch.cat(o).cpu() for o in zip(*outs)))
-    if out[0].isfinite().all(): return out
-    raise BadValue("net", "NaN or infinity", "its weights give answers that are no numbers")
+    _numbers(net, out[0])
+    return out
 
 # %% ../nbs/08b_tasks.ipynb #task
 def look(net, batch, training):
@@ -71,6 +76,7 @@ def count_errors(out, batch):
     wrong = named(out.lengths, batch.y) != (batch.y if batch.y.ndim == 1 else batch.y.sort(1).values)
     return dict(errors=wrong.reshape(len(wrong), -1).any(1).sum())
 
+# %% ../nbs/08b_tasks.ipynb #the-task
 @dataclass(frozen=True)
 class Task:
     "What is learnt, and how it is measured."
@@ -183,6 +189,19 @@ def evaluate(
     means,counts,n = sums.read()
     if not n: return None
     lens,y = torch.cat(lens).cpu(),torch.cat(target).cpu()
+    _numbers(net, torch.cat([lens.flatten(), torch.tensor([*means.values()])]))
     wrong,margin = int(counts.get("errors", 0)),means.get("margin", means["loss"])
     return Evaluation(n, wrong, (n - wrong)/n, means["loss"], margin, means.get("recon"), named(lens, y), lens, y,
                       means, counts)
+
+# %% ../nbs/08b_tasks.ipynb #over-shifts
+def over_shifts(
+    shift:int, # Pixels to each side, `k`
+):             # A task's `forward`
+    "The mean of the lengths over every shift by up to `shift` pixels; pose and drawing are of the image as it is."
+    steps = range(-whole("shift", shift, 0), shift + 1)
+    def forward(net, batch, training):
+        out,far = look(net, batch, training),batch.y.new_ones(len(batch.y))
+        there = [net(shift_images(batch.x, far*dx, far*dy)).lengths for dx in steps for dy in steps]
+        return out._replace(lengths=torch.stack(there).mean(0))
+    return forward

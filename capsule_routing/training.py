@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from . import __version__
 from .checks import BadValue, shown
 from .capsnet import Sizes
-from .baselines import build_net
+from .networks import build_net
 from .data import ImageData
 from .machine import (device_name, gather, in_precision, on_machine, peak_memory, pick_compile,
                                      pick_device, pick_precision, processes, rank_world, reduce_all)
@@ -108,7 +108,8 @@ def end_epoch(self:Trainer):
     (train,_,n),seconds = self.sums.read(),self.seconds + self.elapsed()
     self.seconds,self.began = seconds,None                   # the test is not training
     t0 = time.monotonic()
-    test,counts,n_test = self.test()
+    try: test,counts,n_test = self.test()
+    except BadValue as e: raise TrainingDiverged(f"by the end of epoch {self.epoch} {e.why}; {self.last_good()}") from None
     errors = int(counts.pop("errors", 0))
     self.history.append(dict(
         epoch=self.epoch, global_step=self.global_step, lr=lr_at(self.global_step - 1, self.cfg, self.steps), n=n,
@@ -122,8 +123,8 @@ def end_epoch(self:Trainer):
 def test(self:Trainer):
     "Losses and counts on the test set, every image counted once over all processes."
     c,quit = self.cfg,(lambda: self.signum) if self.world == 1 else None
-    e = evaluate(self.shown, self.test_set, c.test_batch_size, c.precision, c.recon_weight, quit, self.rank, self.world,
-                 self.task)
+    e = self.everyone(lambda: evaluate(self.shown, self.test_set, c.test_batch_size, c.precision, c.recon_weight, quit,
+                                       self.rank, self.world, self.task))
     if e is None and self.world == 1: self.interrupt(self.signum)
     got = [o for o in gather(e and (e.n, e.losses, e.metrics)) if o]
     n = sum(o[0] for o in got)
@@ -224,7 +225,8 @@ def prepare(self:Trainer, ck:Optional[Checkpoint]):
     self.model = torch.compile(self.net, mode=mode) if c.compile == "on" else self.net
     if self.world > 1: self.model = nn.parallel.DistributedDataParallel(self.model)
     self.sessions.append(dict(
-        global_step=self.global_step, device=device_name(self.device), threads=torch.get_num_threads(),
+        global_step=self.global_step, device=device_name(self.device), precision=c.precision,
+        threads=torch.get_num_threads(),
         processes=self.world, torch=torch.__version__, capsule_routing=__version__))
     keeps = self.path is not None and self.rank == 0
     self.keeper = Checkpoints() if keeps else None

@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from einops import rearrange
 from matplotlib import rc_context
+from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
@@ -31,6 +32,7 @@ from .data import ImageData, ImageSet
 from .measure import Meaning, a_batch, class_names, network_of, redraw, routing_view
 from .runs import write_atomic
 from .squash import full_precision, lengths
+from .texts import figure_text
 from .tasks import Evaluation, asking, evaluate, predict
 
 # %% ../nbs/11_visualize.ipynb #picture
@@ -104,6 +106,10 @@ def _bar(fig, image, axes, label, **kwargs):
     bar.set_label(label, fontsize=8)
     bar.ax.tick_params(labelsize=7)
 
+def _names(net, classes):
+    "What the classes are called in a figure"
+    return tuple(map(figure_text, class_names(net, classes)))
+
 def _which(net, which, there):
     "A class, by default the longest of some capsules' lengths"
     which = which.item() if isinstance(which, Tensor) and which.ndim == 0 else which
@@ -112,7 +118,7 @@ def _which(net, which, there):
 # %% ../nbs/11_visualize.ipynb #reconstruction-figure
 def reconstruction_figure(net, images:Tensor, target:Tensor, classes=None) -> Figure:
     "Inputs, and what the capsules of their class and of a wrong winner draw (the paper's figure 3)."
-    names,net,x = class_names(net, classes),network_of(net),a_batch(images, 16)
+    names,net,x = _names(net, classes),network_of(net),a_batch(images, 16)
     target = class_indices("target", torch.as_tensor(target).cpu(), len(x), len(names))
     out = predict(net, x)
     right,pred = redraw(net, out.poses, target),out.lengths.argmax(1)
@@ -159,14 +165,17 @@ def dimension_pictures(
 # %% ../nbs/11_visualize.ipynb #dimension-figure
 def dimension_figure(net, source:Tensor, which:int=None, offsets=OFFSETS, classes=None) -> Figure:
     "What each dimension of a capsule does to the drawing of an image, or of poses (the paper's figure 4)."
-    names,net,poses = class_names(net, classes),network_of(net),source
-    if isinstance(source, Tensor) and source.ndim == 3: poses = predict(net, source[None]).poses[0]
+    names,net,poses = _names(net, classes),network_of(net),source
+    there = None
+    if isinstance(source, Tensor) and source.ndim == 3: (there,),(poses,),_ = predict(net, source[None])
+    there = lengths(poses) if there is None else there
+    which = _which(net, which, there)
     pictures = dimension_pictures(net, poses, which, offsets)          # (e, s, c, h, w)
-    which,(e,s,_,h,w) = _which(net, which, lengths(poses)),pictures.shape
+    e,s,_,h,w = pictures.shape
     cell = min(0.31, 10/e, 6/s)
     fig,((ax,),) = new_figure(1+cell*s*max(1, w/h), 0.7+cell*e*max(1, h/w))
     sheet = rearrange((pictures*15).round()/15, "e s c h w -> c (e h) (s w)")   # 16 greys make a smaller file
-    show_image(ax, sheet, f"capsule of {names[which]}, length {lengths(poses)[which]:.2f}")
+    show_image(ax, sheet, f"capsule of {names[which]}, length {there[which]:.2f}")
     ticks = range(0, s, math.ceil(s/11))
     says = [f"{offsets[k]:+.2f}" if offsets[k] else "0" for k in ticks]
     ax.set_xticks([w*(k+.5)-.5 for k in ticks], says, fontsize=6)
@@ -197,20 +206,21 @@ def _entropy_panel(ax, entropy):
 # %% ../nbs/11_visualize.ipynb #couplings-figure
 def couplings_figure(net, image:Tensor, which:int=None, classes=None) -> Figure:
     "How strongly each child of the class layer is coupled to one class, in up to five iterations; entropy."
-    names,net,x = class_names(net, classes),network_of(net),a_batch(image, 1)
+    names,net,x = _names(net, classes),network_of(net),a_batch(image, 1)
     view,equal = routing_view(net, x),1/len(names)
     which = _which(net, which, view.lengths[-1, 0])
     tiles = np.stack([type_tiles(c[0, which]) for c in view.c])
     steps = np.linspace(0, len(tiles)-1, min(len(tiles), 5)).round().astype(int)
     reach = max(np.nanquantile(abs(tiles-equal), 0.995), 1e-6)         # of nearly all couplings
+    low = max(equal-reach, 0)                                          # no coupling is below that
     wide = [np.clip(2.5*tiles.shape[2]/tiles.shape[1], 0.9, 1.5)]*len(steps)
     fig,(axes,) = new_figure(3.9+sum(wide), 3.1, 1, len(wide)+2, width_ratios=[1.3, *wide, 1.9])
     show_image(axes[0], x[0], f"class {names[which]}\nlength {view.lengths[-1, 0, which]:.2f}")
     for ax,k in zip(axes[1:], steps):
-        im = _cells(ax, tiles[k], f"iteration {k+1}", vmin=equal-reach, vmax=equal+reach)
+        im = _cells(ax, tiles[k], f"iteration {k+1}", norm=TwoSlopeNorm(equal, low, equal+reach))
     whose = f"capsules of layer {len(net.cfg.layers)}" if net.cfg.layers else "primary capsules"
     says = f"coupling of {whose}\nto {names[which]}; {equal:.2g} is an equal share"
-    _bar(fig, im, axes[1:-1], says, extend="both")
+    _bar(fig, im, axes[1:-1], says, extend="both" if low else "max")
     _entropy_panel(axes[-1], view.entropy[:, 0].flatten(1))
     return fig
 
@@ -243,7 +253,7 @@ def _field(seen):
 # %% ../nbs/11_visualize.ipynb #voters-figure
 def voters_figure(net, image:Tensor, which=None, classes=None) -> Figure:
     "The places that vote for some classes, by default the two longest: support at the end, over the image."
-    names,net,x = class_names(net, classes),network_of(net),a_batch(image, 1)
+    names,net,x = _names(net, classes),network_of(net),a_batch(image, 1)
     if net.cfg.layers: raise BadValue("layers", net.cfg.layers, "the capsules that vote stand on no grid")
     view = routing_view(net, x)
     if view.support is None: raise BadValue("routing", net.cfg.routing, "has no votes to draw")
@@ -269,7 +279,7 @@ def voters_figure(net, image:Tensor, which=None, classes=None) -> Figure:
 # %% ../nbs/11_visualize.ipynb #lengths-figure
 def lengths_figure(net, images:Tensor, classes=None) -> Figure:
     "Length of each class's capsule after each iteration, of up to six images; the two longest are named."
-    names,x = class_names(net, classes),a_batch(images, 6)
+    names,x = _names(net, classes),a_batch(images, 6)
     there = routing_view(net, x).lengths                               # (r, b, j)
     steps = range(1, len(there)+1)
     fig,(tops,axes) = new_figure(0.6+1.7*len(x), 3., 2, len(x), height_ratios=[1, 2], sharey="row")
@@ -290,12 +300,12 @@ def confusion_counts(ev:Evaluation, k:int) -> Tensor:
 
 def confusion_figure(counts, classes:tuple, title:str="") -> Figure:
     "How often target `r` was called `c`, `(k, k)`: the confusion matrix, its mistakes coloured and counted."
-    counts,k,names = np.asarray(counts),len(classes),[str(c) for c in classes]
+    counts,k,names = np.asarray(counts),len(classes),[figure_text(c) for c in classes]
     if counts.shape != (k, k): raise BadValue("counts", counts.shape, f"must be ({k}, {k}) for {k} classes")
     wrong,side = counts*(1-np.eye(k, dtype=int)),min(3+0.35*k, 12)
     fig,((ax,),) = new_figure(side, side)
     texts,ticks = (np.where(counts > 0, counts, ""),names) if k <= 30 else ((),())
-    _cells(ax, wrong, title, texts, ticks, ticks, "Blues", vmin=0, vmax=max(1, wrong.max()))
+    _cells(ax, wrong, figure_text(title), texts, ticks, ticks, "Blues", vmin=0, vmax=max(1, wrong.max()))
     ax.tick_params(axis="x", rotation=90 if max(map(len, names)) > 2 else 0)
     ax.set(xlabel="predicted class", ylabel="target class")
     return fig
@@ -304,17 +314,17 @@ def confusion_figure(counts, classes:tuple, title:str="") -> Figure:
 def mistakes_figure(ev:Evaluation, images:Tensor, classes:tuple, title:str="", cols:int=8, n:int=24) -> Figure:
     "The worst mistakes: target and predicted class over each image, with both lengths."
     worst = worst_mistakes(ev, n).tolist()
-    def called(i, c): return f"{classes[c]} {ev.lengths[i, c]:.2f}"
+    def called(i, c): return f"{figure_text(classes[c])} {ev.lengths[i, c]:.2f}"
     titles = [f"{called(i, ev.target[i])}\n→ {called(i, ev.pred[i])}" for i in worst]
     fig = _grid([images[i] for i in worst], titles, cols, (1.15, 1.5))
-    if title: fig.suptitle(title, fontsize=9)
+    if title: fig.suptitle(figure_text(title), fontsize=9)
     if not worst: fig.axes[0].text(0, 0.5, "no mistakes")
     return fig
 
 def prediction_figure(x:Tensor, recon:Tensor, titles:list, cols:int=4) -> Figure:
     "Inputs `(n, c, h, w)`, a line over each, and to the right of each its reconstruction; so many pairs in a row."
     pictures = [p for pair in zip(x, recon) for p in pair]
-    titles = [t for title in titles for t in (title, "redrawn")]
+    titles = [t for title in titles for t in (figure_text(title), "redrawn")]
     return _grid(pictures, titles, 2*min(cols, len(x)), (1.3, 1.6))
 
 # %% ../nbs/11_visualize.ipynb #trend
@@ -376,7 +386,7 @@ def two_colours(a:Tensor, b:Tensor) -> Tensor:
 # %% ../nbs/11_visualize.ipynb #overlap-figure
 def overlap_figure(net, images:Tensor, labels:Tensor, classes=None, which=None) -> Figure:
     "Two overlapping things of classes `(n, 2)` taken apart: from the two longest capsules, or from `which`."
-    names,net,x = class_names(net, classes),network_of(net),a_batch(images, 16)
+    names,net,x = _names(net, classes),network_of(net),a_batch(images, 16)
     labels,out = _pairs("labels", labels, len(x), len(names)),predict(net, x)
     found = _pairs("which", out.lengths.topk(2).indices if which is None else which, len(x), len(names))
     swap = (found == labels.flip(1)).any(1, keepdim=True)              # in the labels' order, where they agree
@@ -407,7 +417,7 @@ def meaning_figure(m:Meaning, classes=None) -> Figure:
     for k,(ax,c) in enumerate(zip(axes.flat, shown)):
         v = m.corr[m.classes.index(c)].numpy()
         texts = np.vectorize("{:.1f}".format)(v.round(1)+0.) if few else ()
-        im = _cells(ax, v, f"class {c}", texts, range(d), m.factors, aspect="auto", vmin=-1, vmax=1)
+        im = _cells(ax, v, f"class {figure_text(c)}", texts, range(d), [figure_text(f) for f in m.factors], aspect="auto", vmin=-1, vmax=1)
         ax.tick_params(axis="x", rotation=90, labelbottom=k+cols >= len(shown))
         ax.set_yticks(range(0, d, 1 if few else 5))
     for ax in axes[:, 0]: ax.set_ylabel("dimension")
@@ -421,7 +431,7 @@ def r2_figure(m:Meaning) -> Figure:
     fig,((ax,),) = new_figure(1.6+0.62*f, 1.5+0.27*k)
     title = f"R² on {low}"+f" to {high}"*(low < high)+" held-out images of each class"
     texts = np.vectorize("{:.2f}".format)(m.r2)
-    im = _cells(ax, m.r2.numpy(), title, texts, m.classes, m.factors, "viridis", aspect="auto", vmin=0, vmax=1)
+    im = _cells(ax, m.r2.numpy(), title, texts, *([figure_text(t) for t in o] for o in (m.classes, m.factors)), "viridis", aspect="auto", vmin=0, vmax=1)
     ax.tick_params(axis="x", rotation=30)
     ax.set_ylabel("class")
     _bar(fig, im, ax, "R²", extend="min")

@@ -26,6 +26,8 @@ def site():
 
 # The notebooks alone
 
+zoom = float(re.search(r"img \{ zoom: ([\d.]+)", (top/"nbs/custom.scss").read_text())[1])   # the style sheet enlarges figures
+
 def figures(nb):
     "Cells of `nb` that show a picture on the site, with its bytes and saved size"
     for c in nbformat.read(nb, 4).cells:
@@ -43,7 +45,7 @@ def test_figures_have_alt_texts_and_are_sharp(nb):
         wide = struct.unpack(">I", png[16:20])[0]
         drawn = re.search(r"\bwidth=(\d+)", c.source)
         shown = size.get("width") or (int(drawn[1]) if drawn else wide)
-        assert wide >= 1.5*min(shown, 860), f"{nb.stem}, cell {c.id}: {wide} pixels shown {shown} wide"
+        assert wide >= 1.5*min(shown*zoom, 860), f"{nb.stem}, cell {c.id}: {wide} pixels shown {shown} wide"
 
 
 # The files of the site
@@ -173,7 +175,38 @@ def test_dark_is_remembered(site, serve, open_page):
 def test_story_in_the_sidebar(site, serve, open_page):
     page = open_page(serve(site)+"squash.html")
     heads = page.locator("#quarto-sidebar .sidebar-item-section > .sidebar-item-container .menu-text").all_inner_texts()
-    assert heads[:6] == ["The idea", "The network", "Training", "Seeing", "Results", "Trust"]
+    assert heads[:2] == ["The lesson", "Play"] and heads[-1] == "Under the hood"
+    names = page.locator("#quarto-sidebar .menu-text").all_inner_texts()
+    assert names[:3] == ["capsule_routing", "A capsule network in sixty lines", "The lesson"] and names.index("Play") == 11   # two pages, and eight of the lesson
+
+def test_code_is_folded_and_opened(site, serve, open_page):
+    "Exported source and tests are folded by one switch, which is remembered; a link into a fold opens it; the first stop leads past the menus"
+    page = open_page(serve(site)+"routing.html")
+    boxes = page.locator("details.code-fold")
+    assert boxes.count() > 8 and page.locator("details.code-fold[open]").count() == 0
+    page.get_by_role("button", name="all", exact=True).click()
+    assert page.locator("details.code-fold[open]").count() == boxes.count()
+    page.goto(serve(site)+"squash.html")
+    assert page.locator("details.code-fold[open]").count() == page.locator("details.code-fold").count() > 3
+    page.get_by_role("button", name="folded", exact=True).click()
+    page.keyboard.press("Home")
+    page.reload()
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.className") == "skip-link"
+    assert page.locator(".page-navigation a").count() == 2
+
+def test_without_scripts_all_code_is_open(site, serve, open_page):
+    page = open_page(serve(site)+"routing.html", java_script_enabled=False)
+    assert page.locator("details.code-fold[open]").count() == page.locator("details.code-fold").count() > 3
+
+@pytest.mark.parametrize("name", ["squash.html", "routing.html", "losses.html"])
+def test_equations_and_numbers_on_a_phone(site, serve, open_page, name):
+    "The number of an equation does not lie over it"
+    page = open_page(serve(site)+name, width=390)
+    over = page.evaluate("""() => [...document.querySelectorAll('.katex-display .tag')].filter(t => {
+      const a = t.getBoundingClientRect(), last = [...t.parentElement.querySelectorAll(':scope > .base')].pop().getBoundingClientRect();
+      return a.left < last.right }).length""")
+    assert page.locator(".katex-display .tag").count() and over == 0
 
 @pytest.mark.parametrize("name", ["index.html", "explore.html"])
 def test_explorer_is_live(site, serve, open_page, name):

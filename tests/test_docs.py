@@ -1,8 +1,10 @@
 "The site's settings, its sidebar, and the processing of its pages."
-import json,re,shutil,subprocess,sys
+import importlib.util,json,re,shutil,subprocess,sys
 from configparser import ConfigParser
 from pathlib import Path
 import nbformat,pytest,yaml
+from fastcore.docments import DocmentText
+from nbdev.doclinks import NbdevLookup
 
 top = Path(__file__).resolve().parent.parent
 notebooks = sorted((top/'nbs').glob('*.ipynb'))
@@ -22,11 +24,28 @@ def test_sidebar_names_each_notebook_once():
 def test_settings_that_the_pages_need():
     html = site['format']['html']
     assert html['html-math-method']=='katex' # its object form breaks pages with widgets
-    assert html['keep-md'] is True and site['format']['commonmark']=='default'
+    assert html['keep-md'] is True and site['format']['commonmark']=={'variant':'+tex_math_dollars'}
     assert (top/'nbs/_quarto.yml').is_symlink() and (top/'nbs/_quarto.yml').resolve()==top/'_quarto.yml'
     scss = (top/'nbs/custom.scss').read_text()
     assert '$web-font-path: false' in scss
     assert site['metadata-files']==['nbdev.yml'] and cfg['custom_sidebar']=='True'
+
+spec = importlib.util.spec_from_file_location('docs', top/'.ci/docs.py')
+docs = importlib.util.module_from_spec(spec); spec.loader.exec_module(docs)
+
+def test_a_link_is_not_linked_once_more():
+    "nbdev links names of the API; one that is a link's text already stays what it is"
+    line = docs.link_line(NbdevLookup(), 'See `squash`, [`squash`](x.html) and [the `squash`](00_squash.ipynb).')
+    assert line.count('[`squash`](https:')==1 and '[`squash`](x.html) and [the `squash`](00_squash.ipynb).' in line
+
+def test_fields_are_documented(monkeypatch):
+    "A class without its own `__init__` shows its fields, with types and comments"
+    from capsule_routing.routing import RoutingTrace
+    from capsule_routing.callbacks import Callback
+    monkeypatch.setattr(DocmentText, 'params', property(docs.fields)); monkeypatch.setattr(DocmentText, '__str__', docs.declared)
+    said = str(DocmentText(RoutingTrace, docstring=False))
+    assert said.startswith('class RoutingTrace(') and 'c:Tensor, # Coupling coefficients' in said and 'args' not in said
+    assert str(DocmentText(Callback, docstring=False))=='class Callback():'
 
 def test_every_link_derives_from_user():
     "The address of the repository and of the site stand in settings.ini alone"
@@ -77,7 +96,7 @@ def test_pages_are_processed(tmp_path, dot):
     (home/'nbs').mkdir()
     (home/'nbs/_quarto.yml').symlink_to('../_quarto.yml')
     some = notebooks[:2] if dot else notebooks
-    for p in [*some, top/'nbs/custom.scss']: shutil.copy(p, home/'nbs')
+    for p in [*some, *(top/'nbs'/o for o in ('custom.scss','site.js','favicon.svg'))]: shutil.copy(p, home/'nbs')
     res = subprocess.run([sys.executable, '.ci/docs.py', '--no-render'], cwd=home, capture_output=True, text=True)
     assert res.returncode==0, res.stdout+res.stderr
     assert f'{len(some)} pages in _proc' in res.stdout
@@ -85,4 +104,5 @@ def test_pages_are_processed(tmp_path, dot):
         page = json.loads((home/'_proc'/p.name).read_text())
         text = ''.join(''.join(c['source']) for c in page['cells'])
         assert len(page['cells'])>1 and 'nbdev_export' not in text, p.name
+        assert not re.search(r'\[\[[^\]]*\]\([^)]*\)\]\(', text), f'{p.name}: a link within a link'
     assert cfg['user'] in (home/'_proc/nbdev.yml').read_text()

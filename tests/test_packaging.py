@@ -172,3 +172,59 @@ print(json.dumps(sorted(n for n,r in walk(files('capsule_routing')/'results'))),
     here = sorted(p.name for p in (lib/'results').rglob('*.json'))
     assert here and out.split(']')[0]+']' == json.dumps(here)
     assert int(out.split(']')[1]) == len([p for p in (lib/'results').rglob('*/*.json')])
+
+def of_users():
+    "Names of the distributions that a user has who installed this package and Jupyter: ours, with all that they require"
+    from importlib.metadata import PackageNotFoundError,requires
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+    found,new = set(),[*settings()['requirements'].split(), 'nbclient', 'ipykernel', 'pip']
+    while new:
+        r = Requirement(new.pop())
+        if r.name in found or r.marker and not r.marker.evaluate({'extra':''}): continue
+        found.add(r.name)
+        try: new += requires(r.name) or []
+        except PackageNotFoundError: pass # of another system or Python
+    return {canonicalize_name(o) for o in found}
+
+BLOCK = """
+import sys
+from importlib.machinery import PathFinder
+class Few(PathFinder):
+    "Finds what this user has, and not what a developer has"
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split('.')[0] in NAMES else PathFinder.find_spec(name, path, target)
+sys.meta_path[sys.meta_path.index(PathFinder)] = Few
+"""
+
+RUN_ALL = """
+import re, sys, nbformat
+from pathlib import Path
+from nbclient import NotebookClient
+for path in map(Path, sys.argv[1:]):
+    nb = nbformat.read(path, 4)
+    nb.cells = [c for c in nb.cells if not c.source.startswith('#| slow')]
+    try: NotebookClient(nb, timeout=120, kernel_name='python3', resources=dict(metadata=dict(path=str(path.parent)))).execute()
+    except Exception as e: print(path.stem, 'failed:', re.sub('\\x1b[^m]*m', '', str(e)), flush=True)
+    else: print(path.stem, flush=True)
+"""
+
+@pytest.mark.wheel
+def test_every_notebook_runs_where_only_the_package_is(installed, no_network, tmp_path):
+    """Kernel > Restart and Run All, in an environment with the wheel and Jupyter, without what developers install,
+    without a checkout, a network or MNIST; cells that take minutes are left out"""
+    from importlib.metadata import packages_distributions
+    bin,site = installed
+    here = of_users()
+    names = {m for m,ds in packages_distributions().items() if not {re.sub('[-_.]+', '-', d).lower() for d in ds} & here}
+    assert 'nbdev' in names and 'pytest' in names and not {'torch','IPython','numpy'} & names
+    shutil.copytree(top/'nbs', tmp_path/'nbs', symlinks=True)
+    (site/'sitecustomize.py').write_text(f'NAMES = {sorted(names-{"capsule_routing"})}\n{BLOCK}')
+    env = {k:v for k,v in clean_env(**no_network, CAPSULE_ROUTING_DATA=str(tmp_path)).items() if k!='MPLBACKEND'}
+    books = sorted((tmp_path/'nbs').glob('*.ipynb'), key=lambda p: -p.stat().st_size)
+    try: procs = [subprocess.Popen([bin/'python', '-c', RUN_ALL, *books[i::2]], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, cwd=tmp_path) for i in range(2)]
+    finally: said = [p.communicate(timeout=600)[0] for p in procs]
+    (site/'sitecustomize.py').unlink()
+    assert [p.returncode for p in procs]==[0, 0], '\n'.join(said)
+    assert sorted(''.join(said).split())==sorted(p.stem for p in books)

@@ -96,3 +96,7 @@ def test_api_is_linked_to_the_paper():
     html = '<section>' + block.format('a','`v` of <b>Eq. 1</b>','') + block.format('b','none','The loss (section 4.1).').replace('source</a></p>','source</a></p>\n</section>\n</section>') + block.format('c','none','Ours alone.')
     new = pr.cite(html)
     assert pr.re.findall(r'>source</a>(?:<a href="https://arxiv.org/abs/1710.09829"[^>]*>(.*?)</a>)?', new)==['paper, Eq. 1','paper, section 4.1','']
+
+def test_a_page_can_be_skipped_into():
+    html = '<html><body class="nav-fixed"><header></header><main id="quarto-document-content"></main></body></html>'
+    assert '<body class="nav-fixed">\n<a class="skip-link" href="#quarto-document-content">' in pr.skippable(html)

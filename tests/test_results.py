@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from capsule_routing import pretrained, registry, results
-from capsule_routing.baselines import BaselineConfig, config_from_dict
+from capsule_routing.baselines import BaselineConfig
+from capsule_routing.networks import config_from_dict
 from capsule_routing.capsnet import CapsConfig, CapsNet, caps_config, count_params
 from capsule_routing.commands import capsule_reproduce, run_verb
 from capsule_routing.data import DataUnavailable, load_data

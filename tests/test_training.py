@@ -1,5 +1,5 @@
 "Training: what is computed, what is counted, what stops it, and that it goes on as if nothing had been."
-import errno, json, math, os, shutil, signal, threading
+import contextlib, errno, json, math, os, shutil, signal, threading
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from importlib.util import find_spec
@@ -507,12 +507,33 @@ def test_data_that_does_not_fit(data):
 
 
 def test_precision_is_chosen_by_capability(monkeypatch):
+    "and never emulated"
+    import capsule_routing.machine as machine
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     for has in (True, False):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has and not including_emulation)
-        assert pick_precision("auto", gpu) == ("bf16" if has else "fp32") and pick_precision("auto", cpu) == "fp32"
-    assert pick_precision("bf16", cpu) == "bf16" and pick_precision("fp32", gpu) == "fp32"
+        monkeypatch.setattr(machine, "has_bf16", lambda: has)
+        for d in (cpu, gpu): assert pick_precision("auto", d) == ("bf16" if has else "fp32") and pick_precision("fp32", d) == "fp32"
+        if has: assert pick_precision("bf16", cpu) == "bf16"
+    with pytest.warns(UserWarning, match="precision=bf16: .* has no bf16 products, fp32 is used"): assert pick_precision("bf16", cpu) == "fp32"
     assert pick_device(no_cuda=True).type == "cpu" and peak_memory() > 2**20
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_a_run_records_its_precision_and_goes_on_with_it(data, tmp_path, monkeypatch, has):
+    "where the products are missing in 32 bits, and says so"
+    import capsule_routing.machine as machine
+    used = []
+    monkeypatch.setattr(torch, "autocast", lambda *a, was=torch.autocast, **kw: used.append(a) or was(*a, **kw))
+    monkeypatch.setattr(machine, "has_bf16", lambda: True)
+    train(data, tmp_path/"run", replace(CFG, epochs=1, precision="auto"))
+    recorded = lambda: read_json(tmp_path/"run"/CONFIG)["training"]["precision"]
+    assert recorded() == "bf16" and ("cpu", torch.bfloat16) in used
+    used.clear()
+    monkeypatch.setattr(machine, "has_bf16", lambda: has)
+    with (contextlib.nullcontext() if has else pytest.warns(UserWarning, match="fp32 is used")):
+        train(data, tmp_path/"run", replace(CFG, precision="auto"), resume=True)
+    assert recorded() == ("bf16" if has else "fp32") and (("cpu", torch.bfloat16) in used) == has
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from capsule_routing.baselines import BaselineConfig, build_net, config_from_dict
+from capsule_routing.baselines import BaselineConfig
+from capsule_routing.networks import build_net, config_from_dict
 from capsule_routing.callbacks import Callback, CSVLog, EarlyStopping, StopAt
 from capsule_routing.capsnet import CapsConfig, CapsNet, CapsOut, count_params
 from capsule_routing.data import ImageData, ImageSet, batches, load_data
