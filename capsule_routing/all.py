@@ -42,6 +42,7 @@ from .training import fit, new_net
 from .pretrained import PoseSet, pretrained_poses, pretrained_record
 from .visualize import *
 from .explore import CapsuleExplorer, CapsuleView, explorer_page, image_poses
+from .draw import CapsuleDraw, draw_page, int8_weights
 from .results import get_table, read_results, run_row, table_lines
 from .multimnist import MULTI_CAPSNET, PairSet, make_pairs, pair_data, take_apart
 from .affine import affine_images, affine_set, placed_set

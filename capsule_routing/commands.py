@@ -596,20 +596,19 @@ def capsule_explore(
     no_open:bool=False,    # Write the page only; do not open it in the browser
     **shared,
 ):
-    "A page with sliders for the numbers of a pose, and the picture that they draw."
+    "A page to draw on, with sliders for the numbers of a pose; sliders alone where a browser cannot run the network."
     import webbrowser
-    from capsule_routing import explore, runs
+    from capsule_routing import draw, runs
     s,named = dict(dataset=dataset, weights=weights, **shared),given()
     if run is None:
         for k in named.intersection(s): raise BadValue(k, s[k], "needs a RUN; the package has its own poses")
-        page = explore.explorer_page(images=images, title="What a capsule sees: the network in the package")
+        page = draw.draw_page(title="Draw a digit: the network in the package")
     else:
         r = _load(run, weights, s["import_"])
         if r.net.decoder is None:
             raise BadValue("run", run, "has no decoder to draw with; train one with --with-reconstruction")
         test = _test_data(r, s, named).test
-        page = explore.explorer_page(r.net, explore.image_poses(r.net, test, images), test.classes, images,
-                                     f"What a capsule sees: {r.path.resolve().name}")
+        page = draw.run_page(r.net, test, images, f"What a capsule sees: {r.path.resolve().name}")
     path = Path(out or Path(run or ".", "explore.html"))
     if path.is_dir(): raise IsADirectoryError(21, "Is a directory", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
