@@ -140,6 +140,7 @@ def differences(runs:list, metric:str, to="uniform", rows=()) -> dict: # Row to 
     ps = dict(zip(tested, holm([got[r][1] for r in tested])))
     return {r: (d, ps.get(r)) for r,(d, _) in got.items() if d is not None}
 
+# %% ../nbs/16c_compare.ipynb #lines-2
 def differences_lines(runs:list, columns:dict=COMPARED, to="uniform", rows=()) -> str:
     "Differences as Markdown; a star where the corrected probability is below 0.05."
     got,body = {k: differences(runs, k, to, rows) for k in columns},[]

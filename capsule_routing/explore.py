@@ -162,7 +162,7 @@ class CapsuleExplorer(Shown):
         self.kind = ipywidgets.Dropdown(options=s["names"], description="class", index=first)
         self.which = ipywidgets.Dropdown(options=[str(k+1) for k in range(s["images"])], description="image")
         self.view = CapsuleView(sliders=self.sliders, labels=self.labels, choices=[self.kind, self.which], **s,
-                                _esm=explorer_file("decode.js", "widget.js"), _css=explorer_file("widget.css"))
+                                _esm=explorer_file("capsnet.js", "decode.js", "widget.js"), _css=explorer_file("widget.css"))
         says = ipywidgets.Label("What 0.1 more of a dimension does, on average over the class:")
         rows = [ipywidgets.HBox(row).add_class("capsule-row") for row in zip(self.sliders, self.labels)]
         left = ipywidgets.VBox([self.view, self.kind, self.which]).add_class("capsule-left")
@@ -176,7 +176,7 @@ def explorer_page(net=None, poses=None, classes=None, images:int=20, title:str="
     s = {k: base64.b64encode(v).decode() if isinstance(v, bytes) else v for k,v in s.items()}
     page = Template(explorer_file("page.html"))
     return page.substitute(title=escape(title), dims=s["dims"], css=explorer_file("page.css"),
-                           js=explorer_file("decode.js", "page.js"),
+                           js=explorer_file("capsnet.js", "decode.js", "page.js"),
                            state=json.dumps(s, ensure_ascii=False).replace("<", "\\u003c"))
 
 # %% ../nbs/12_explore.ipynb #own-widgets

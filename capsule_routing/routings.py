@@ -43,6 +43,7 @@ class Looks(Callback):
     def state_dict(self): return dict(rows=self.rows, spent=self.spent)
     def load_state_dict(self, d): self.rows,self.spent = list(d.get("rows", [])),float(d.get("spent", 0))
 
+# %% ../nbs/16e_routings.ipynb #looks-2
 def train_row(
     sizes, b:Budget, data:ImageData, device, # The network's sizes; images and how many of them
     lr:float, decay:float, seed:int,         # Rate, weight decay, and what decides weights, order and shifts
@@ -130,6 +131,7 @@ def about(w:Work, row, what) -> dict:
                 command=w.command, device=device_name(w.device), threads=w.threads or torch.get_num_threads(),
                 versions=v)
 
+# %% ../nbs/16e_routings.ipynb #table-2
 def search_row(w:Work, row, im, reporter=None) -> list: # Trials
     "All trials of a row; those of its file are not made again."
     b,file = BUDGETS[w.size],result_file(w, row.name, "search")
@@ -162,6 +164,7 @@ def run_row(w:Work, row:Row, seed:int, im:Images, lr, decay, reporter=None) -> d
     write_atomic(file, to_json(r))
     return r
 
+# %% ../nbs/16e_routings.ipynb #run-2
 def work_on(
     w:Work, rows:list, seeds, im:Images, # What to do
     say=print, reporter=None,            # Told what is begun; a function that makes a reporter for `fit`

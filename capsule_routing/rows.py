@@ -29,6 +29,7 @@ def matrices(sizes): # The same feature maps, cut into poses as large as those o
     n = sizes["n_types"]*sizes["d_primary"]//sizes["d_class"]
     return dict(routing="em", routing_options=dict(n_iters=2), n_types=n, d_primary=sizes["d_class"])
 
+# %% ../nbs/16d_rows.ipynb #rows-2
 ROWS = [
     Row("uniform", "uniform: equal couplings, no routing", caps("uniform")),
     Row("dynamic-2", "dynamic, 2 iterations", caps("dynamic", n_iters=2)),
@@ -72,6 +73,7 @@ class Budget(NamedTuple):
 def some_sizes(n_types, d_primary, d_class, **more):
     return dict(n_types=n_types, d_primary=d_primary, d_class=d_class, **more)
 
+# %% ../nbs/16d_rows.ipynb #budget-2
 BUDGETS = dict(
     tiny=Budget(some_sizes(2, 4, 4, trunk_options=dict(channels=4), stride=4, decoder=(8, 16)),
                 100, 50, 50, 2, 20, 20, 20, 2, (40, 1), (1e-3, 4e-3)),

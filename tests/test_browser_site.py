@@ -154,6 +154,23 @@ def test_page(site, serve, open_page, name):
     assert page.evaluate(SPILL) == []
     assert page.locator("main h1").is_visible()
 
+@pytest.fixture(scope="session")
+def axe(tmp_path_factory):
+    "The script of axe-core, by the lock"
+    import json
+    if not shutil.which("npm"): missing("npm is not on PATH: it brings axe-core")
+    lock = json.loads((top/".ci/web.json").read_text())["axe-core"]
+    return postrender.unpack("axe-core", lock["version"], lock["integrity"], tmp_path_factory.mktemp("axe"))["axe.min.js"].decode()
+
+AXE = """async () => (await axe.run({resultTypes: ['violations']})).violations.filter(v => ['serious', 'critical'].includes(v.impact))
+  .flatMap(v => v.nodes.slice(0, 3).map(n => `${v.id}: ${n.html.slice(0, 160)}`))"""
+
+@pytest.mark.parametrize("name", pages)
+def test_axe_finds_nothing_serious(site, serve, open_page, axe, name):
+    page = open_page(serve(site)+name)
+    page.evaluate(axe)
+    assert page.evaluate(AXE) == []
+
 def test_search(site, serve, open_page):
     page = open_page(serve(site))
     page.locator("#quarto-search button, #quarto-search input").first.click()
@@ -203,10 +220,10 @@ def test_without_scripts_all_code_is_open(site, serve, open_page):
 def test_equations_and_numbers_on_a_phone(site, serve, open_page, name):
     "The number of an equation does not lie over it"
     page = open_page(serve(site)+name, width=390)
-    over = page.evaluate("""() => [...document.querySelectorAll('.katex-display .tag')].filter(t => {
+    over = page.evaluate("""() => [...document.querySelectorAll('.katex-display .katex-tag')].filter(t => {
       const a = t.getBoundingClientRect(), last = [...t.parentElement.querySelectorAll(':scope > .base')].pop().getBoundingClientRect();
       return a.left < last.right }).length""")
-    assert page.locator(".katex-display .tag").count() and over == 0
+    assert page.locator(".katex-display .katex-tag").count() and over == 0
 
 @pytest.mark.parametrize("name", ["index.html", "explore.html"])
 def test_explorer_is_live(site, serve, open_page, name):

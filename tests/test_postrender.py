@@ -76,7 +76,8 @@ def test_the_packages_are_compared_with_the_lock(tmp_path, monkeypatch):
 
 def test_the_lock_names_exact_versions():
     lock = json.loads((top/'.ci/web.json').read_text())
-    assert {'requirejs','jquery','@jupyter-widgets/html-manager','katex'}==set(lock)
+    assert {'requirejs','jquery','@jupyter-widgets/html-manager','katex','axe-core'}==set(lock)
+    assert [k for k,v in lock.items() if v.get('test')]==['axe-core'] # a tool of the tests, no part of the site
     for v in lock.values(): assert v['version'].replace('.','').isdigit() and v['integrity'].startswith('sha512-')
 
 def test_anywidget_comes_from_the_wheel(): assert b'define' in pr.anywidget()
