@@ -15,7 +15,7 @@ from pathlib import Path
 from string import Template
 
 import anywidget, numpy as np, torch, traitlets
-from torch import nn, Tensor
+from torch import nn
 
 from ._modidx import d as about
 from .capsnet import CapsNet

@@ -161,9 +161,8 @@ class CapsuleExplorer(Shown):
         self.labels = [ipywidgets.Label(text) for text in s["hints"][first]]
         self.kind = ipywidgets.Dropdown(options=s["names"], description="class", index=first)
         self.which = ipywidgets.Dropdown(options=[str(k+1) for k in range(s["images"])], description="image")
-        self.view = CapsuleView(sliders=self.sliders, labels=self.labels, choices=[self.kind, self.which], **s,
-                                _esm=explorer_file("capsnet.js", "decode.js", "widget.js"),
-                                _css=explorer_file("widget.css"))
+        js,css = explorer_file("capsnet.js", "decode.js", "widget.js"),explorer_file("widget.css")
+        self.view = CapsuleView(sliders=self.sliders, labels=self.labels, choices=[self.kind, self.which], **s, _esm=js, _css=css)
         says = ipywidgets.Label("What 0.1 more of a dimension does, on average over the class:")
         rows = [ipywidgets.HBox(row).add_class("capsule-row") for row in zip(self.sliders, self.labels)]
         left = ipywidgets.VBox([self.view, self.kind, self.which]).add_class("capsule-left")
