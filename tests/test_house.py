@@ -67,7 +67,7 @@ def test_no_line_over_120_columns():
 
 # The aims are 3,800 lines, 60 cells, and code cells of 25 lines. What is over them today may shrink and not grow.
 LINES = 5900      # of the modules that the redesign found
-NEW = {'texts', 'ink', 'robust', 'photographs', 'prepare', 'augment', 'controls', 'em', 'selfrouting', 'attention', 'efficient', 'networks', 'routings', 'draw', 'export'} # since
+NEW = {'texts', 'reading', 'ink', 'robust', 'photographs', 'prepare', 'augment', 'controls', 'em', 'selfrouting', 'attention', 'efficient', 'networks', 'routings', 'draw', 'export'} # since
 EACH = 260        # lines of each of those
 LONG = { # cells, lines of the longest code cell
     '00_checks': (60, 28),
