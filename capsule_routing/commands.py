@@ -78,7 +78,7 @@ TYPES = {   # of a parameter, by its annotation or, before that, its name
     "routing": click.STRING, "trunk": click.STRING, "import_": click.STRING, "out": Place(writes=True),
     "dataset": Choice(DATASETS), "recipe": Choice(tuple(RECIPES)), "schedule": Choice(SCHEDULES),
     "precision": Choice(PRECISIONS), "compile": Choice(COMPILES), "weights": Choice(("last", "best")),
-    "table": Choice(TABLE_NAMES)}
+    "table": Choice(TABLE_NAMES), "prepare": Choice(("none", "digit"))}
 
 # %% ../nbs/18_commands.ipynb #given
 _given = ContextVar("given", default=frozenset())
@@ -213,7 +213,7 @@ def _main(func, argv=None):
     return run_verb(func, sys.argv[1:] if argv is None else argv)
 
 # %% ../nbs/18_commands.ipynb #resumed
-FREE = ("out", "resume", "quiet", "data_dir", "no_cuda", "patience", "import_") # may be given anew with `--resume`
+FREE = ("out", "prepare", "resume", "quiet", "data_dir", "no_cuda", "patience", "import_") # may be given anew with `--resume`
 
 def _recorded(config):
     "The settings of `capsule_train` in a run's config, each read as in the shell; None where there are none"
@@ -369,13 +369,14 @@ def capsule_train(*,
     patience:int=None,   # Stop when the training loss has not fallen for N epochs
     import_:tuple=(),    # A module of yours that registers what you name; may be given several times
     no_cuda:bool=False,  # Stay on the CPU even if there is a GPU
+    prepare:str="none",  # How capsule_predict shows photographs to the run: none, or digit: prepared as MNIST's
     quiet:bool=False,    # Show only the summary
     **more,
 ):
     "Train a capsule network and keep it in a run folder."
     from capsule_routing.machine import processes
     s = more | dict(out=out, resume=resume, recipe=recipe, patience=patience, import_=import_, no_cuda=no_cuda,
-                    quiet=quiet)
+                    prepare=prepare, quiet=quiet)
     newest = [f"; the newest is {p.parent}" for p in sorted(Path("runs").glob("*/last.*"), key=os.path.getmtime)[-1:]]
     if resume and not out: raise BadValue("resume", None, "needs --out RUN, the run to go on with"+"".join(newest))
     if out and not resume and Path(out, "config.json").exists():
@@ -536,57 +537,107 @@ def _show_evaluation(r, data, found):
         print(f"apart, the mean over all shifts by up to {s['shift']}: {_right(s['n_errors'], found['n'], data.name)}")
 
 # %% ../nbs/18_commands.ipynb #capsule-predict
-@verb("capsule_predict runs/mnist-1 seven.png", {capsule_train: "import_ no_cuda"}, out=Place(".png", ".pdf", ".svg"))
+@verb("capsule_predict photo.jpg", {capsule_train: "import_ no_cuda"}, out=Place(".png", ".pdf", ".svg"),
+      prepare=Choice(("auto", "digit", "none")))
 def capsule_predict(
-    run:str,               # Run folder, or mnist for the network in the package
-    images:tuple, *,       # Image file, or several
+    run:str=None,          # Run folder; without it the network in the package, mnist
+    images:tuple=(), *,    # Image file, or several
+    prepare:str="auto",    # Find digits in photographs and prepare them as MNIST's: digit or none; auto asks the run
     weights:str="last",    # The last weights, or the best, which were picked by their test errors
     invert:bool=False,     # Turn dark on light into light on dark
-    out:str=None,          # Picture of inputs and reconstructions; without it prediction.png in the run folder
+    couplings:bool=False,  # Draw who routed to whom, of the first picture, too
+    out:str=None,          # Picture of what was seen and redrawn; without it prediction.png in the run folder
     precision:str=None,    # Arithmetic of the network; without it the run's own
     json:bool=False,       # Print one JSON object instead of text
     **shared,
 ):
     "Name what is in image files: class, lengths of all capsules, reconstruction."
     import torch
-    from capsule_routing import data, tasks, visualize as vis
-    images = [images] if isinstance(images, (str, os.PathLike)) else list(images)
-    if not images: raise BadValue("images", None, "needs at least one file")
-    r = _load(run, weights, shared["import_"])
-    c,h,w = r.cfg.image_shape
+    from capsule_routing import reading, tasks, visualize as vis
+    r,images = _run_and_images(run, images, weights, shared["import_"])
+    c = r.cfg.image_shape[0]
     if c not in (1, 3): raise BadValue("run", run, f"takes images of {c} channels, image files have 1 or 3")
-    x = torch.stack([data.read_image(f, c, h, w, invert) for f in images])   # all, before anything is said or written
+    ready = reading.prepares(r.config, r.cfg, prepare)
+    seen = reading.see(images, r.cfg.image_shape, ready, invert) # all, before anything is said or written
     net,precision = _ready(r, shared["no_cuda"], precision)
-    lens,_,recon = tasks.predict(net, x, precision=precision)
-    classes = (r.config.get("data") or {}).get("classes") or range(r.cfg.n_classes)
-    classes = [printable(c) for c in classes]
-    found = [{"image": str(f), "class": classes[l.argmax()], "length": round(float(l.max()), 4),
-              "lengths": {k: round(v, 4) for k,v in zip(classes, l.tolist())}} for f,l in zip(images, lens)]
-    picture = None
-    if recon is not None:
-        titles = [f"{Path(p['image']).name[:14]}: {p['class']} {p['length']:.2f}" for p in found[:100]]
-        figure = vis.prediction_figure(x[:100].float()/255, recon[:100], titles)
-        picture = str(vis.save_figure(figure, Path(out or r.path/"prediction.png")))
-    if json: print(dumps(dict(run=str(run), weights=weights, predictions=found, picture=picture)))
-    else: _show_predictions(found, x, picture, invert)
+    lens,_,recon = tasks.predict(net, torch.stack([s.x for s in seen]), precision=precision)
+    found,classes = _found(r, seen, lens, ready)
+    path = Path(out or r.path/"prediction.png")
+    drawn = _prediction_figure(seen, lens, recon, found, classes, ready)
+    picture = None if drawn is None else str(vis.save_figure(drawn, path))
+    if couplings:
+        who = vis.couplings_figure(r, seen[0].x, classes=classes)
+        vis.save_figure(who, path.with_name(f"{path.stem}-couplings{path.suffix}"))
+    if json: print(dumps(dict(run=str(run or "mnist"), weights=weights, predictions=found, picture=picture)))
+    else: _show_predictions(r, found, seen, picture, invert or ready, recon is None)
     return found
 
+# %% ../nbs/18_commands.ipynb #run-and-images
+def _run_and_images(run, images, weights, modules):
+    "The run and the files: a first word that is a file is an image, for the network in the package"
+    from capsule_routing.pretrained import PRETRAINED
+    images = [images] if isinstance(images, (str, os.PathLike)) else list(images)
+    lone = not images and run is not None and run not in PRETRAINED and not os.path.isdir(run)
+    if run is not None and (os.path.isfile(run) or lone): run,images = None,[run, *images]
+    if not images: raise BadValue("images", None, "needs at least one file")
+    return _load(run or "mnist", weights, modules),images
+
+def _found(r, seen, lens, boxes):
+    "What is said of each picture; no class where no capsule is half as long as it can be"
+    classes = (r.config.get("data") or {}).get("classes") or range(r.cfg.n_classes)
+    classes = [printable(c) for c in classes]
+    found = []
+    for s,l in zip(seen, lens):
+        there = s.there and float(l.max()) >= 0.5
+        found.append({"image": s.image, "class": classes[l.argmax()] if there else None,
+                      "length": round(float(l.max()), 4), "lengths": {k: round(v, 4) for k,v in zip(classes, l.tolist())}})
+        if boxes: found[-1]["box"] = s.box
+    return found,classes
+
+def _prediction_figure(seen, lens, recon, found, classes, photographs):
+    "The picture of a prediction; None where there is nothing to draw"
+    import torch
+    from capsule_routing import reading, visualize as vis
+    said = [f"{p['class'] or 'no class'} {p['length']:.2f}" for p in found[:100]]
+    if photographs: return reading.photograph_figure(seen, lens, recon, said, classes)
+    if recon is None: return None
+    titles = [f"{Path(p['image']).name[:14]}: {s}" for p,s in zip(found, said)]
+    return vis.prediction_figure(torch.stack([s.x for s in seen[:100]]).float()/255, recon[:100], titles)
+
 # %% ../nbs/18_commands.ipynb #say-prediction
-def _show_predictions(found, x, picture, invert):
+def _show_predictions(r, found, seen, picture, quiet, no_decoder):
     "The classes, and the lengths of all capsules as bars"
-    for p,im in zip(found, x.float()):
-        print(f"{printable(p['image'])}: {p['class']}, length {p['length']:.2f}")
-        wide,edge = max(map(len, p["lengths"])),im[:, [0, -1]].mean()
+    white = (r.config.get("data") or {}).get("border", 0) > 127            # it learnt dark on light
+    for p,s in zip(found, seen):
+        there = f"{p['class']}, length" if p["class"] is not None else "no class is there (longest"
+        where = f" at {','.join(map(str, s.box))}" if s.box else ""
+        print(f"{printable(p['image'])}{where}: {there} {p['length']:.2f}{')'*(p['class'] is None)}")
+        wide,im = max(map(len, p["lengths"])),s.x.float()
         for k,v in p["lengths"].items(): print(f"  {k:<{wide}}  {v:.2f}  {'█'*round(v*40)}".rstrip())
-        if not invert and edge > 127 and edge > im.mean():
+        edge = im[:, [0, -1]].mean()
+        if not (quiet or white) and edge > 127 and edge > im.mean():
             print("  this looks dark on light; if the network learnt light on dark, try --invert")
-    if picture is None: print("no reconstruction: the network was trained without --with_reconstruction")
-    else: print(f"picture   {picture}"+" (the first 100)"*(len(found) > 100))
+    if no_decoder: print("no reconstruction: the network was trained without --with_reconstruction")
+    if picture: print(f"picture   {picture}"+" (the first 100)"*(len(found) > 100))
+
+# %% ../nbs/18_commands.ipynb #film
+def _film(run, gif, dimension, s, named):
+    "The sweep of one number of the pose, of an image of each class"
+    from capsule_routing import explore, pretrained, reading
+    net,ps = None,pretrained.pretrained_poses()
+    if run is not None:
+        r = _load(run, s["weights"], s["import_"])
+        if r.net.decoder is None: raise BadValue("run", run, "has no decoder to draw with")
+        net,ps = r.net,explore.image_poses(r.net, _test_data(r, s, named).test, 1)
+    poses = ps.poses[pretrained.first_of_each(ps.y, 1)]
+    path = reading.write_film(reading.sweep_frames(net or pretrained.pretrained_net(), poses, dimension), gif)
+    _say(film=path)
+    return path
 
 # %% ../nbs/18_commands.ipynb #capsule-explore
 @verb("capsule_explore runs/mnist-1 --out sliders.html --no-open",
       {_data: "data_dir folder test_folder size channels", capsule_train: "import_"},
-      images=IntRange(1, 1000), out=Place(".html"))
+      images=IntRange(1, 1000), out=Place(".html"), gif=Place(".gif", ".mp4"), dimension=IntRange(0))
 def capsule_explore(
     run:str=None, *,       # Run folder; without it the network in the package
     out:str=None,          # The page, an .html file; without it explore.html in the run folder, or here
@@ -594,12 +645,15 @@ def capsule_explore(
     weights:str="last",    # The last weights, or the best, which were picked by their test errors
     dataset:str=None,      # Another data set than the run's own; with --folder other images than its own
     no_open:bool=False,    # Write the page only; do not open it in the browser
+    gif:str=None,          # Write the sweep of one number of the pose as a film instead, a .gif or .mp4
+    dimension:int=0,       # Which number of the pose, for --gif
     **shared,
 ):
     "A page to draw on, with sliders for the numbers of a pose; sliders alone where a browser cannot run the network."
     import webbrowser
     from capsule_routing import draw, runs
     s,named = dict(dataset=dataset, weights=weights, **shared),given()
+    if gif: return _film(run, gif, dimension, s, named)
     if run is None:
         for k in named.intersection(s): raise BadValue(k, s[k], "needs a RUN; the package has its own poses")
         page = draw.draw_page(title="Draw a digit: the network in the package")

@@ -119,7 +119,7 @@ def test_bad_options_are_one_line(args, line, capsys, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("func,line", [(capsule_evaluate, "capsule_evaluate: RUN: is missing"), (capsule_predict, "capsule_predict: RUN: is missing")])
+@pytest.mark.parametrize("func,line", [(capsule_evaluate, "capsule_evaluate: RUN: is missing"), (capsule_predict, "capsule_predict: IMAGES: needs at least one file")])
 def test_missing_words(func, line, capsys):
     assert run_verb(func, []) == 2
     assert capsys.readouterr().err.strip() == line
