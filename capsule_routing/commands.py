@@ -78,7 +78,9 @@ TYPES = {   # of a parameter, by its annotation or, before that, its name
     "routing": click.STRING, "trunk": click.STRING, "import_": click.STRING, "out": Place(writes=True),
     "dataset": Choice(DATASETS), "recipe": Choice(tuple(RECIPES)), "schedule": Choice(SCHEDULES),
     "precision": Choice(PRECISIONS), "compile": Choice(COMPILES), "weights": Choice(("last", "best")),
-    "table": Choice(TABLE_NAMES), "prepare": Choice(("none", "digit"))}
+    "table": Choice(TABLE_NAMES), "prepare": Choice(("none", "digit")), "network": Choice(("capsules", "cnn")),
+    "size_of_network": Choice(("paper", "auto")),
+    "augment": Listed(Choice(("shift", "flip", "crop", "colour")))}
 
 # %% ../nbs/18_commands.ipynb #given
 _given = ContextVar("given", default=frozenset())
@@ -213,7 +215,7 @@ def _main(func, argv=None):
     return run_verb(func, sys.argv[1:] if argv is None else argv)
 
 # %% ../nbs/18_commands.ipynb #resumed
-FREE = ("out", "prepare", "resume", "quiet", "data_dir", "no_cuda", "patience", "import_") # may be given anew with `--resume`
+FREE = ("out", "prepare", "resume", "quiet", "data_dir", "no_cuda", "patience", "import_", "dry_run") # may be given anew with `--resume`
 
 def _recorded(config):
     "The settings of `capsule_train` in a run's config, each read as in the shell; None where there are none"
@@ -238,6 +240,10 @@ def _resumed(now, named):
         begun = f"with {_text(was[k])}" if was.get(k) else "without it"
         if was.get(k) != now[k]:
             raise BadValue(k, now[k], f"the run was begun {begun}, and another value would change what it computes")
+    if "epochs" in named and was["schedule"] == "one_cycle" and now["epochs"] != was["epochs"]:
+        more = _command(capsule_train, was | dict(init=str(path)), ("out", "resume", "quiet"))
+        raise BadValue("epochs", now["epochs"], f"the run was begun with {was['epochs']}, where its one_cycle ends; "
+                                                f"train on from its weights in a new run: {more}")
     resume_config(config.get("training", {}), **{k: now[k] for k in named.intersection(theirs)})
     return was | {k: now[k] for k in named} | {"note": (config.get("data") or {}).get("note")}
 
@@ -256,6 +262,14 @@ def _data(*,
     from capsule_routing.data import load_data
     return load_data(dataset, data_dir, limit=limit, folder=folder, test_folder=test_folder, size=size,
                      channels=channels, seed=seed, progress=sys.stderr.isatty() and not quiet)
+
+def _fitted(s, data):
+    "Settings that follow from the images, or from the run that --init names, where the user did not give them"
+    from capsule_routing import plan
+    follow = plan.settings_of(_load(s["init"], "last", ()).cfg) if s["init"] else {}
+    if s["size_of_network"] == "auto": follow |= plan.sizes_for(data.train.image_shape, len(data.train))
+    if s["augment"] and "shift" not in s["augment"]: follow |= dict(shift=0)
+    return s | {k: v for k,v in follow.items() if k not in given()}
 
 def _only(f, s): return {k: s[k] for k in inspect.signature(f).parameters if k in s}
 
@@ -303,7 +317,7 @@ class _Reporter:
         elif s.step < s.steps and time.monotonic()-self.said > 10:
             self.said = time.monotonic()
             print(f"epoch {s.epoch}/{s.epochs}: {s.images:,} of {s.n_images:,} images, loss {s.loss:.4f}, "
-                  f"{s.images_per_second:,.0f} images/s, {_time(epoch)} left, {run}", flush=True)
+                  f"{s.images_per_second:,.0f} images/s, {run} left", flush=True)
     def move(self, s, text):
         from tqdm import tqdm
         self.bar = self.bar or tqdm(total=s.n_images, unit=" images", leave=False, dynamic_ncols=True)
@@ -326,6 +340,16 @@ def _epoch_line(r, epochs, name):
     return (f"epoch {r['epoch']}/{epochs}: {name} test accuracy {right}, test loss {r['test_loss']:.4f}, "
             f"train loss {r['train_loss']:.4f}, {r['seconds']:.1f} s, {r['images_per_second']:,.0f} images/s")
 
+def _long(s, cost, device):
+    "How long, on what, and what would be shorter"
+    from capsule_routing.machine import device_name
+    says,epochs = f"about {_time(cost.seconds)} on {device_name(device)}",RECIPES["fast"]["epochs"]
+    if cost.seconds < 3600 or s["resume"]: return says
+    if s["recipe"] == "fast" or s["epochs"] <= epochs: epochs = max(1, int(s["epochs"]*3000/cost.seconds))
+    named = {k: s[k] for k in given() if k not in ("epochs", "schedule", "lr", "average")}
+    short = named | dict(recipe="fast") | (dict(epochs=epochs) if epochs != RECIPES["fast"]["epochs"] else {})
+    return f"{says}; {_time(cost.seconds*epochs/s['epochs'])} with {_command(capsule_train, short, ('dry_run', 'quiet'))}"
+
 def _say(**rows):
     for k,v in rows.items():
         if v: print(f"{k:<9} {printable(v)}", flush=True)
@@ -347,13 +371,6 @@ def _command(verb, s, drop=(), words=()):
             out += [f"--{_plain(k)}"] if o is True else [f"--{_plain(k)}", _text(o)]
     return shlex.join(out)
 
-def _launch(world):
-    "What stands before `capsule_train` where `world` processes train"
-    n = int(os.environ.get("LOCAL_WORLD_SIZE", world)) if world > 1 else 1
-    nodes = f"--nnodes={world//n} " if n < world else ""
-    return f"torchrun {nodes}--nproc_per_node={n} --no-python " if world > 1 else ""
-
-# %% ../nbs/18_commands.ipynb #capsule-train
 def _import(modules):
     "Import the user's modules, which register routings and trunks; those in the current folder too"
     if modules and os.getcwd() not in sys.path: sys.path.append(os.getcwd())
@@ -361,6 +378,13 @@ def _import(modules):
         try: importlib.import_module(m)
         except ImportError as e: raise BadValue("import_", m, f"can't be imported: {e}") from e
 
+def _launch(world):
+    "What stands before `capsule_train` where `world` processes train"
+    n = int(os.environ.get("LOCAL_WORLD_SIZE", world)) if world > 1 else 1
+    nodes = f"--nnodes={world//n} " if n < world else ""
+    return f"torchrun {nodes}--nproc_per_node={n} --no-python " if world > 1 else ""
+
+# %% ../nbs/18_commands.ipynb #capsule-train
 @verb("capsule_train --epochs 1 --limit 10000 --with-reconstruction", {_data: "", TrainConfig: "", _network: ""})
 def capsule_train(*,
     out:str=None,        # Run folder; without it a new one, runs/DATASET-1 and so on
@@ -371,12 +395,19 @@ def capsule_train(*,
     no_cuda:bool=False,  # Stay on the CPU even if there is a GPU
     prepare:str="none",  # How capsule_predict shows photographs to the run: none, or digit: prepared as MNIST's
     quiet:bool=False,    # Show only the summary
+    network:str="capsules", # What is trained: capsules, or cnn, a small convolutional network to compare with
+    size_of_network:str="paper", # auto: sizes and batch follow from number, size and channels of the images
+    augment:str=None,    # Other views of the training images, with commas between; without it shifts of --shift
+    class_weights:bool=False, # Let each class count the same, however few its images
+    init:str=None,       # Start from the weights of a run, or of mnist in the package; sizes come from it too
+    dry_run:bool=False,  # Show sizes, time and memory, train nothing and write nothing
     **more,
 ):
     "Train a capsule network and keep it in a run folder."
     from capsule_routing.machine import processes
     s = more | dict(out=out, resume=resume, recipe=recipe, patience=patience, import_=import_, no_cuda=no_cuda,
-                    prepare=prepare, quiet=quiet)
+                    prepare=prepare, quiet=quiet, network=network, size_of_network=size_of_network, augment=augment,
+                    class_weights=class_weights, init=init, dry_run=dry_run)
     newest = [f"; the newest is {p.parent}" for p in sorted(Path("runs").glob("*/last.*"), key=os.path.getmtime)[-1:]]
     if resume and not out: raise BadValue("resume", None, "needs --out RUN, the run to go on with"+"".join(newest))
     if out and not resume and Path(out, "config.json").exists():
@@ -390,22 +421,33 @@ def capsule_train(*,
 # %% ../nbs/18_commands.ipynb #train-run
 def _train(s, cfg, rank, world):
     "Train with settings that are complete"
-    from capsule_routing import callbacks, machine, training
+    from capsule_routing import augment, callbacks, machine, plan, runs, tasks, training
     data = _data(**_only(_data, s | dict(quiet=s["quiet"] or rank)))
     data = data._replace(note=s.pop("note", None) or data.note)
-    sizes = _network(data.train.image_shape, len(data.train.classes), **_only(_network, s))
+    if not s["resume"]: cfg = TrainConfig(**_only(TrainConfig, s := _fitted(s, data)))
+    shape,k = data.train.image_shape,len(data.train.classes)
+    sizes = plan.cnn_for(shape, k) if s["network"] == "cnn" else _network(shape, k, **_only(_network, s))
     net,device = training.new_net(sizes, cfg.seed),machine.pick_device(s["no_cuda"])
-    path = Path(s["out"]) if s["out"] else None if rank else _new_folder(data.name)
-    if not rank: _announce(s, data, net, path)
+    if s["init"] and not s["resume"]: plan.take_weights(net, _load(s["init"], "last", ()), s["init"])
+    done = Path(s["out"] or "", runs.HISTORY)
+    left = cfg.epochs-(len(runs.read_json(done, list)) if s["resume"] and done.exists() else 0)
+    cost = plan.estimate(net, data, cfg, device, max(left, 0), world)
+    path = Path(s["out"]) if s["out"] else None if rank or s["dry_run"] else _new_folder(data.name)
+    if not rank: _announce(s, data, net, path, cost, device)
+    if s["dry_run"]: return
     s |= dict(dataset=data.name, out=path and str(path))
-    s |= {k: os.path.abspath(s[k]) for k in ("data_dir", "folder", "test_folder") if s[k]}
-    keep = {k: _text(v) if k in ("layers", "decoder_widths") and v else v for k,v in s.items()
-            if k not in ("out", "resume", "quiet")}
+    s |= {k: os.path.abspath(s[k]) for k in ("data_dir", "folder", "test_folder", "init") if s[k] and s[k] != "mnist"}
+    keep = {k: _text(v) if isinstance(v, tuple) and k != "import_" else v for k,v in s.items()
+            if k not in ("out", "resume", "quiet", "dry_run")}
     stop = [callbacks.EarlyStopping(s["patience"])] if s["patience"] else []
+    ways = [a for a in s["augment"] or () if a != "shift"]
+    if ways: stop.append(augment.Augment(*ways))
+    task = tasks.task_for(net, data.train, cfg.recon_weight)
+    if s["class_weights"]: task = plan.weighted(task, plan.class_weights(data.train))
     again = _launch(world)+shlex.join(["capsule_train", "--resume", "--out", str(path)])
     with _Reporter(data.name, s["quiet"], f"; go on with: {again}") as reporter:
         history = training.fit(net, data, cfg, path, s["resume"], device, reporter, dict(settings=keep),
-                               callbacks=stop)
+                               task=task, callbacks=stop)
     if not rank: _summary(s, data, history, path, device, world, _pictures(net, data, path))
     return history
 
@@ -417,22 +459,26 @@ def _new_folder(name):
         except FileExistsError: continue
         return p
 
-def _announce(s, data, net, path):
+def _announce(s, data, net, path, cost, device):
     "What is about to be trained; with `--quiet` only what the user may not expect"
     from capsule_routing.capsnet import count_params
     if data.note: print(printable(data.note), flush=True)
     if s["quiet"]: return
     k,shape = len(data.train.classes),"x".join(map(str, data.train.image_shape))
-    iters = f"{net.cfg.n_iters} routing iterations, " if net.cfg.n_iters else ""
+    iters = f"{n} routing iterations, " if (n := getattr(net.cfg, "n_iters", None)) else ""
     _say(data=f"{data.name}: {len(data.train):,} training and {len(data.test):,} test images, {shape}, {k} classes",
          network=f"{count_params(net):,} parameters, {iters}with{'' if net.cfg.decoder else 'out'} reconstruction",
-         run=path)
+         run=path, sizes=s["size_of_network"] == "auto" and "auto: "+", ".join(
+             f"{k} {_text(s[k])}" for k in ("conv_channels", "kernel", "primary_types", "decoder_widths", "batch_size")))
+    _say(time=(s["dry_run"] or cost.seconds > 3600) and _long(s, cost, device))
+    if s["dry_run"]:
+        _say(steps=f"{cost.steps:,} of {cost.step:.2g} s", memory=f"about {cost.memory/1e9:.2g} GB", nothing="was written")
 
 def _pictures(net, data, path):
     "Write the pictures of a finished run; their paths, none where that fails"
     try:
         from capsule_routing.visualize import save_training_figures
-        return [] if net.decoder is None else save_training_figures(net, data, path)
+        return [] if getattr(net, "decoder", None) is None else save_training_figures(net, data, path)
     except Exception as e:
         why = _one_line(e, 200) or type(e).__name__
         print(f"capsule_train: no pictures ({why}); the run is complete", file=sys.stderr, flush=True)
@@ -659,7 +705,7 @@ def capsule_explore(
         page = draw.draw_page(title="Draw a digit: the network in the package")
     else:
         r = _load(run, weights, s["import_"])
-        if r.net.decoder is None:
+        if getattr(r.net, "decoder", None) is None:
             raise BadValue("run", run, "has no decoder to draw with; train one with --with-reconstruction")
         test = _test_data(r, s, named).test
         page = draw.run_page(r.net, test, images, f"What a capsule sees: {r.path.resolve().name}")
