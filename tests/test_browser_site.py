@@ -70,7 +70,7 @@ def test_links_lead_somewhere(site, parsed):
             if not (got := local(site, page, url)): continue
             p, place = got
             name = Path(os.path.relpath(p, site)).as_posix()
-            if not p.is_file() or (place and name in parsed and place not in parsed[name].ids): broken.append(f"{page}: {url}")
+            if not p.is_file() or name.startswith("..") or (place and name in parsed and place not in parsed[name].ids): broken.append(f"{page}: {url}")
     assert not broken, "\n".join(broken)
 
 def test_nothing_foreign_is_loaded(site): assert postrender.leaks(site) == []
@@ -192,7 +192,7 @@ def test_dark_is_remembered(site, serve, open_page):
 def test_story_in_the_sidebar(site, serve, open_page):
     page = open_page(serve(site)+"squash.html")
     heads = page.locator("#quarto-sidebar .sidebar-item-section > .sidebar-item-container .menu-text").all_inner_texts()
-    assert heads[:2] == ["The lesson", "Play"] and heads[-1] == "Under the hood"
+    assert heads[:2] == ["The lesson", "Play"] and "Under the hood" in heads
     names = page.locator("#quarto-sidebar .menu-text").all_inner_texts()
     assert names[:3] == ["capsule_routing", "A capsule network in sixty lines", "The lesson"] and names.index("Play") == 11   # two pages, and eight of the lesson
 
