@@ -2,7 +2,7 @@
 import shutil, signal, time
 import pytest, torch
 from capsule_routing.compare import Mean, differences, equal_skill, holm, interval, paired, read_runs, t_width, t_within
-from capsule_routing.plan import plan_lines, plan_routings, reproduce_routings
+from capsule_routing.reproduce import plan_lines, plan_routings, reproduce_routings
 from capsule_routing.robust import ATTACKS, alarm_level, attacked, standing
 from capsule_routing.routings import Work, chosen, next_trial, result_file, work_on
 from capsule_routing.rows import BUDGETS, ROWS, get_row, row_network, table_images
