@@ -215,7 +215,8 @@ def _main(func, argv=None):
     return run_verb(func, sys.argv[1:] if argv is None else argv)
 
 # %% ../nbs/18_commands.ipynb #resumed
-FREE = ("out", "prepare", "resume", "quiet", "data_dir", "no_cuda", "patience", "import_", "dry_run") # may be given anew with `--resume`
+# what may be given anew with `--resume`
+FREE = ("out", "prepare", "resume", "quiet", "data_dir", "no_cuda", "patience", "import_", "dry_run")
 
 def _recorded(config):
     "The settings of `capsule_train` in a run's config, each read as in the shell; None where there are none"
@@ -348,7 +349,8 @@ def _long(s, cost, device):
     if s["recipe"] == "fast" or s["epochs"] <= epochs: epochs = max(1, int(s["epochs"]*3000/cost.seconds))
     named = {k: s[k] for k in given() if k not in ("epochs", "schedule", "lr", "average")}
     short = named | dict(recipe="fast") | (dict(epochs=epochs) if epochs != RECIPES["fast"]["epochs"] else {})
-    return f"{says}; {_time(cost.seconds*epochs/s['epochs'])} with {_command(capsule_train, short, ('dry_run', 'quiet'))}"
+    line = _command(capsule_train, short, ("dry_run", "quiet"))
+    return f"{says}; {_time(cost.seconds*epochs/s['epochs'])} with {line}"
 
 def _say(**rows):
     for k,v in rows.items():
@@ -469,10 +471,12 @@ def _announce(s, data, net, path, cost, device):
     _say(data=f"{data.name}: {len(data.train):,} training and {len(data.test):,} test images, {shape}, {k} classes",
          network=f"{count_params(net):,} parameters, {iters}with{'' if net.cfg.decoder else 'out'} reconstruction",
          run=path, sizes=s["size_of_network"] == "auto" and "auto: "+", ".join(
-             f"{k} {_text(s[k])}" for k in ("conv_channels", "kernel", "primary_types", "decoder_widths", "batch_size")))
+             f"{k} {_text(s[k])}"
+             for k in ("conv_channels", "kernel", "primary_types", "decoder_widths", "batch_size")))
     _say(time=(s["dry_run"] or cost.seconds > 3600) and _long(s, cost, device))
     if s["dry_run"]:
-        _say(steps=f"{cost.steps:,} of {cost.step:.2g} s", memory=f"about {cost.memory/1e9:.2g} GB", nothing="was written")
+        _say(steps=f"{cost.steps:,} of {cost.step:.2g} s", memory=f"about {cost.memory/1e9:.2g} GB",
+             nothing="was written")
 
 def _pictures(net, data, path):
     "Write the pictures of a finished run; their paths, none where that fails"
@@ -636,7 +640,8 @@ def _found(r, seen, lens, boxes):
     for s,l in zip(seen, lens):
         there = s.there and float(l.max()) >= 0.5
         found.append({"image": s.image, "class": classes[l.argmax()] if there else None,
-                      "length": round(float(l.max()), 4), "lengths": {k: round(v, 4) for k,v in zip(classes, l.tolist())}})
+                      "length": round(float(l.max()), 4),
+                      "lengths": {k: round(v, 4) for k,v in zip(classes, l.tolist())}})
         if boxes: found[-1]["box"] = s.box
     return found,classes
 

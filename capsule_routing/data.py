@@ -146,7 +146,8 @@ def eval_batches(ds:ImageSet, batch_size:int=1000, rank:int=0, world:int=1) -> I
 
 # %% ../nbs/08_data.ipynb #open-image
 FORMATS = ('PNG', 'JPEG', 'BMP', 'GIF', 'WEBP', 'TIFF', 'PPM')
-ENDINGS = ('.png', '.jpg', '.jpeg', '.jpe', '.jfif', '.bmp', '.gif', '.webp', '.tif', '.tiff', '.ppm', '.pgm', '.pbm', '.pnm')
+ENDINGS = ('.png', '.jpg', '.jpeg', '.jpe', '.jfif', '.bmp', '.gif', '.webp', '.tif', '.tiff',
+           '.ppm', '.pgm', '.pbm', '.pnm')
 MAX_PIXELS = 64_000_000 # 8000 x 8000
 
 def _open(path):

@@ -82,7 +82,8 @@ def estimate(
         memory = 4*n_weights*(5 if cfg.average else 4) + each*max(8*b, 3*tested) + ds.x.nbytes + data.test.x.nbytes
         free = free_memory(device)
         if free is not None and memory > free:
-            field,value = ("batch_size", cfg.batch_size) if 8*b >= 3*tested else ("test_batch_size", cfg.test_batch_size)
+            field = "batch_size" if 8*b >= 3*tested else "test_batch_size"
+            value = getattr(cfg, field)
             raise BadValue(field, value, f"takes about {memory/1e9:.1f} GB, {free/1e9:.1f} GB are free; take a smaller "
                                          "one, smaller sizes (--size-of-network auto) or smaller images (--size)")
         was = torch.get_num_threads()

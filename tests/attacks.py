@@ -11,6 +11,7 @@ import torch, torch._dynamo
 from PIL import Image
 from safetensors.torch import load as load_safetensors, save as dump_safetensors
 from capsule_routing import affine, commands, multimnist, results, runs, visualize
+LOADED = affine, multimnist, visualize   # once, before processes part
 from capsule_routing.capsnet import caps_config
 from capsule_routing.data import ImageData, ImageSet
 from capsule_routing.machine import device_name

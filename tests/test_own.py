@@ -1,6 +1,5 @@
 "Images of one's own: sizes, augmentation, weights to start from, an honest clock."
 import json, re, shutil
-from pathlib import Path
 import pytest, torch
 from conftest import TINY
 
