@@ -78,7 +78,9 @@ TYPES = {   # of a parameter, by its annotation or, before that, its name
     "routing": click.STRING, "trunk": click.STRING, "import_": click.STRING, "out": Place(writes=True),
     "dataset": Choice(DATASETS), "recipe": Choice(tuple(RECIPES)), "schedule": Choice(SCHEDULES),
     "precision": Choice(PRECISIONS), "compile": Choice(COMPILES), "weights": Choice(("last", "best")),
-    "table": Choice(TABLE_NAMES)}
+    "table": Choice(TABLE_NAMES), "prepare": Choice(("none", "digit")), "network": Choice(("capsules", "cnn")),
+    "size_of_network": Choice(("paper", "auto")),
+    "augment": Listed(Choice(("shift", "flip", "crop", "colour")))}
 
 # %% ../nbs/18_commands.ipynb #given
 _given = ContextVar("given", default=frozenset())
@@ -213,7 +215,8 @@ def _main(func, argv=None):
     return run_verb(func, sys.argv[1:] if argv is None else argv)
 
 # %% ../nbs/18_commands.ipynb #resumed
-FREE = ("out", "resume", "quiet", "data_dir", "no_cuda", "patience", "import_") # may be given anew with `--resume`
+# what may be given anew with `--resume`
+FREE = ("out", "prepare", "resume", "quiet", "data_dir", "no_cuda", "patience", "import_", "dry_run")
 
 def _recorded(config):
     "The settings of `capsule_train` in a run's config, each read as in the shell; None where there are none"
@@ -238,6 +241,10 @@ def _resumed(now, named):
         begun = f"with {_text(was[k])}" if was.get(k) else "without it"
         if was.get(k) != now[k]:
             raise BadValue(k, now[k], f"the run was begun {begun}, and another value would change what it computes")
+    if "epochs" in named and was["schedule"] == "one_cycle" and now["epochs"] != was["epochs"]:
+        more = _command(capsule_train, was | dict(init=str(path)), ("out", "resume", "quiet"))
+        raise BadValue("epochs", now["epochs"], f"the run was begun with {was['epochs']}, where its one_cycle ends; "
+                                                f"train on from its weights in a new run: {more}")
     resume_config(config.get("training", {}), **{k: now[k] for k in named.intersection(theirs)})
     return was | {k: now[k] for k in named} | {"note": (config.get("data") or {}).get("note")}
 
@@ -256,6 +263,14 @@ def _data(*,
     from capsule_routing.data import load_data
     return load_data(dataset, data_dir, limit=limit, folder=folder, test_folder=test_folder, size=size,
                      channels=channels, seed=seed, progress=sys.stderr.isatty() and not quiet)
+
+def _fitted(s, data):
+    "Settings that follow from the images, or from the run that --init names, where the user did not give them"
+    from capsule_routing import plan
+    follow = plan.settings_of(_load(s["init"], "last", ()).cfg) if s["init"] else {}
+    if s["size_of_network"] == "auto": follow |= plan.sizes_for(data.train.image_shape, len(data.train))
+    if s["augment"] and "shift" not in s["augment"]: follow |= dict(shift=0)
+    return s | {k: v for k,v in follow.items() if k not in given()}
 
 def _only(f, s): return {k: s[k] for k in inspect.signature(f).parameters if k in s}
 
@@ -303,7 +318,7 @@ class _Reporter:
         elif s.step < s.steps and time.monotonic()-self.said > 10:
             self.said = time.monotonic()
             print(f"epoch {s.epoch}/{s.epochs}: {s.images:,} of {s.n_images:,} images, loss {s.loss:.4f}, "
-                  f"{s.images_per_second:,.0f} images/s, {_time(epoch)} left, {run}", flush=True)
+                  f"{s.images_per_second:,.0f} images/s, {run} left", flush=True)
     def move(self, s, text):
         from tqdm import tqdm
         self.bar = self.bar or tqdm(total=s.n_images, unit=" images", leave=False, dynamic_ncols=True)
@@ -326,6 +341,17 @@ def _epoch_line(r, epochs, name):
     return (f"epoch {r['epoch']}/{epochs}: {name} test accuracy {right}, test loss {r['test_loss']:.4f}, "
             f"train loss {r['train_loss']:.4f}, {r['seconds']:.1f} s, {r['images_per_second']:,.0f} images/s")
 
+def _long(s, cost, device):
+    "How long, on what, and what would be shorter"
+    from capsule_routing.machine import device_name
+    says,epochs = f"about {_time(cost.seconds)} on {device_name(device)}",RECIPES["fast"]["epochs"]
+    if cost.seconds < 3600 or s["resume"]: return says
+    if s["recipe"] == "fast" or s["epochs"] <= epochs: epochs = max(1, int(s["epochs"]*3000/cost.seconds))
+    named = {k: s[k] for k in given() if k not in ("epochs", "schedule", "lr", "average")}
+    short = named | dict(recipe="fast") | (dict(epochs=epochs) if epochs != RECIPES["fast"]["epochs"] else {})
+    line = _command(capsule_train, short, ("dry_run", "quiet"))
+    return f"{says}; {_time(cost.seconds*epochs/s['epochs'])} with {line}"
+
 def _say(**rows):
     for k,v in rows.items():
         if v: print(f"{k:<9} {printable(v)}", flush=True)
@@ -347,13 +373,6 @@ def _command(verb, s, drop=(), words=()):
             out += [f"--{_plain(k)}"] if o is True else [f"--{_plain(k)}", _text(o)]
     return shlex.join(out)
 
-def _launch(world):
-    "What stands before `capsule_train` where `world` processes train"
-    n = int(os.environ.get("LOCAL_WORLD_SIZE", world)) if world > 1 else 1
-    nodes = f"--nnodes={world//n} " if n < world else ""
-    return f"torchrun {nodes}--nproc_per_node={n} --no-python " if world > 1 else ""
-
-# %% ../nbs/18_commands.ipynb #capsule-train
 def _import(modules):
     "Import the user's modules, which register routings and trunks; those in the current folder too"
     if modules and os.getcwd() not in sys.path: sys.path.append(os.getcwd())
@@ -361,6 +380,13 @@ def _import(modules):
         try: importlib.import_module(m)
         except ImportError as e: raise BadValue("import_", m, f"can't be imported: {e}") from e
 
+def _launch(world):
+    "What stands before `capsule_train` where `world` processes train"
+    n = int(os.environ.get("LOCAL_WORLD_SIZE", world)) if world > 1 else 1
+    nodes = f"--nnodes={world//n} " if n < world else ""
+    return f"torchrun {nodes}--nproc_per_node={n} --no-python " if world > 1 else ""
+
+# %% ../nbs/18_commands.ipynb #capsule-train
 @verb("capsule_train --epochs 1 --limit 10000 --with-reconstruction", {_data: "", TrainConfig: "", _network: ""})
 def capsule_train(*,
     out:str=None,        # Run folder; without it a new one, runs/DATASET-1 and so on
@@ -369,13 +395,21 @@ def capsule_train(*,
     patience:int=None,   # Stop when the training loss has not fallen for N epochs
     import_:tuple=(),    # A module of yours that registers what you name; may be given several times
     no_cuda:bool=False,  # Stay on the CPU even if there is a GPU
+    prepare:str="none",  # How capsule_predict shows photographs to the run: none, or digit: prepared as MNIST's
     quiet:bool=False,    # Show only the summary
+    network:str="capsules", # What is trained: capsules, or cnn, a small convolutional network to compare with
+    size_of_network:str="paper", # auto: sizes and batch follow from number, size and channels of the images
+    augment:str=None,    # Other views of the training images, with commas between; without it shifts of --shift
+    class_weights:bool=False, # Let each class count the same, however few its images
+    init:str=None,       # Start from the weights of a run, or of mnist in the package; sizes come from it too
+    dry_run:bool=False,  # Show sizes, time and memory, train nothing and write nothing
     **more,
 ):
     "Train a capsule network and keep it in a run folder."
     from capsule_routing.machine import processes
     s = more | dict(out=out, resume=resume, recipe=recipe, patience=patience, import_=import_, no_cuda=no_cuda,
-                    quiet=quiet)
+                    prepare=prepare, quiet=quiet, network=network, size_of_network=size_of_network, augment=augment,
+                    class_weights=class_weights, init=init, dry_run=dry_run)
     newest = [f"; the newest is {p.parent}" for p in sorted(Path("runs").glob("*/last.*"), key=os.path.getmtime)[-1:]]
     if resume and not out: raise BadValue("resume", None, "needs --out RUN, the run to go on with"+"".join(newest))
     if out and not resume and Path(out, "config.json").exists():
@@ -389,22 +423,33 @@ def capsule_train(*,
 # %% ../nbs/18_commands.ipynb #train-run
 def _train(s, cfg, rank, world):
     "Train with settings that are complete"
-    from capsule_routing import callbacks, machine, training
+    from capsule_routing import augment, callbacks, machine, plan, runs, tasks, training
     data = _data(**_only(_data, s | dict(quiet=s["quiet"] or rank)))
     data = data._replace(note=s.pop("note", None) or data.note)
-    sizes = _network(data.train.image_shape, len(data.train.classes), **_only(_network, s))
+    if not s["resume"]: cfg = TrainConfig(**_only(TrainConfig, s := _fitted(s, data)))
+    shape,k = data.train.image_shape,len(data.train.classes)
+    sizes = plan.cnn_for(shape, k) if s["network"] == "cnn" else _network(shape, k, **_only(_network, s))
     net,device = training.new_net(sizes, cfg.seed),machine.pick_device(s["no_cuda"])
-    path = Path(s["out"]) if s["out"] else None if rank else _new_folder(data.name)
-    if not rank: _announce(s, data, net, path)
+    if s["init"] and not s["resume"]: plan.take_weights(net, _load(s["init"], "last", ()), s["init"])
+    done = Path(s["out"] or "", runs.HISTORY)
+    left = cfg.epochs-(len(runs.read_json(done, list)) if s["resume"] and done.exists() else 0)
+    cost = plan.estimate(net, data, cfg, device, max(left, 0), world)
+    path = Path(s["out"]) if s["out"] else None if rank or s["dry_run"] else _new_folder(data.name)
+    if not rank: _announce(s, data, net, path, cost, device)
+    if s["dry_run"]: return
     s |= dict(dataset=data.name, out=path and str(path))
-    s |= {k: os.path.abspath(s[k]) for k in ("data_dir", "folder", "test_folder") if s[k]}
-    keep = {k: _text(v) if k in ("layers", "decoder_widths") and v else v for k,v in s.items()
-            if k not in ("out", "resume", "quiet")}
+    s |= {k: os.path.abspath(s[k]) for k in ("data_dir", "folder", "test_folder", "init") if s[k] and s[k] != "mnist"}
+    keep = {k: _text(v) if isinstance(v, tuple) and k != "import_" else v for k,v in s.items()
+            if k not in ("out", "resume", "quiet", "dry_run")}
     stop = [callbacks.EarlyStopping(s["patience"])] if s["patience"] else []
+    ways = [a for a in s["augment"] or () if a != "shift"]
+    if ways: stop.append(augment.Augment(*ways))
+    task = tasks.task_for(net, data.train, cfg.recon_weight)
+    if s["class_weights"]: task = plan.weighted(task, plan.class_weights(data.train))
     again = _launch(world)+shlex.join(["capsule_train", "--resume", "--out", str(path)])
     with _Reporter(data.name, s["quiet"], f"; go on with: {again}") as reporter:
         history = training.fit(net, data, cfg, path, s["resume"], device, reporter, dict(settings=keep),
-                               callbacks=stop)
+                               task=task, callbacks=stop)
     if not rank: _summary(s, data, history, path, device, world, _pictures(net, data, path))
     return history
 
@@ -416,22 +461,28 @@ def _new_folder(name):
         except FileExistsError: continue
         return p
 
-def _announce(s, data, net, path):
+def _announce(s, data, net, path, cost, device):
     "What is about to be trained; with `--quiet` only what the user may not expect"
     from capsule_routing.capsnet import count_params
     if data.note: print(printable(data.note), flush=True)
     if s["quiet"]: return
     k,shape = len(data.train.classes),"x".join(map(str, data.train.image_shape))
-    iters = f"{net.cfg.n_iters} routing iterations, " if net.cfg.n_iters else ""
+    iters = f"{n} routing iterations, " if (n := getattr(net.cfg, "n_iters", None)) else ""
     _say(data=f"{data.name}: {len(data.train):,} training and {len(data.test):,} test images, {shape}, {k} classes",
          network=f"{count_params(net):,} parameters, {iters}with{'' if net.cfg.decoder else 'out'} reconstruction",
-         run=path)
+         run=path, sizes=s["size_of_network"] == "auto" and "auto: "+", ".join(
+             f"{k} {_text(s[k])}"
+             for k in ("conv_channels", "kernel", "primary_types", "decoder_widths", "batch_size")))
+    _say(time=(s["dry_run"] or cost.seconds > 3600) and _long(s, cost, device))
+    if s["dry_run"]:
+        _say(steps=f"{cost.steps:,} of {cost.step:.2g} s", memory=f"about {cost.memory/1e9:.2g} GB",
+             nothing="was written")
 
 def _pictures(net, data, path):
     "Write the pictures of a finished run; their paths, none where that fails"
     try:
         from capsule_routing.visualize import save_training_figures
-        return [] if net.decoder is None else save_training_figures(net, data, path)
+        return [] if getattr(net, "decoder", None) is None else save_training_figures(net, data, path)
     except Exception as e:
         why = _one_line(e, 200) or type(e).__name__
         print(f"capsule_train: no pictures ({why}); the run is complete", file=sys.stderr, flush=True)
@@ -536,57 +587,108 @@ def _show_evaluation(r, data, found):
         print(f"apart, the mean over all shifts by up to {s['shift']}: {_right(s['n_errors'], found['n'], data.name)}")
 
 # %% ../nbs/18_commands.ipynb #capsule-predict
-@verb("capsule_predict runs/mnist-1 seven.png", {capsule_train: "import_ no_cuda"}, out=Place(".png", ".pdf", ".svg"))
+@verb("capsule_predict photo.jpg", {capsule_train: "import_ no_cuda"}, out=Place(".png", ".pdf", ".svg"),
+      prepare=Choice(("auto", "digit", "none")))
 def capsule_predict(
-    run:str,               # Run folder, or mnist for the network in the package
-    images:tuple, *,       # Image file, or several
+    run:str=None,          # Run folder; without it the network in the package, mnist
+    images:tuple=(), *,    # Image file, or several
+    prepare:str="auto",    # Find digits in photographs and prepare them as MNIST's: digit or none; auto asks the run
     weights:str="last",    # The last weights, or the best, which were picked by their test errors
     invert:bool=False,     # Turn dark on light into light on dark
-    out:str=None,          # Picture of inputs and reconstructions; without it prediction.png in the run folder
+    couplings:bool=False,  # Draw who routed to whom, of the first picture, too
+    out:str=None,          # Picture of what was seen and redrawn; without it prediction.png in the run folder
     precision:str=None,    # Arithmetic of the network; without it the run's own
     json:bool=False,       # Print one JSON object instead of text
     **shared,
 ):
     "Name what is in image files: class, lengths of all capsules, reconstruction."
     import torch
-    from capsule_routing import data, tasks, visualize as vis
-    images = [images] if isinstance(images, (str, os.PathLike)) else list(images)
-    if not images: raise BadValue("images", None, "needs at least one file")
-    r = _load(run, weights, shared["import_"])
-    c,h,w = r.cfg.image_shape
+    from capsule_routing import reading, tasks, visualize as vis
+    r,images = _run_and_images(run, images, weights, shared["import_"])
+    c = r.cfg.image_shape[0]
     if c not in (1, 3): raise BadValue("run", run, f"takes images of {c} channels, image files have 1 or 3")
-    x = torch.stack([data.read_image(f, c, h, w, invert) for f in images])   # all, before anything is said or written
+    ready = reading.prepares(r.config, r.cfg, prepare)
+    seen = reading.see(images, r.cfg.image_shape, ready, invert) # all, before anything is said or written
     net,precision = _ready(r, shared["no_cuda"], precision)
-    lens,_,recon = tasks.predict(net, x, precision=precision)
-    classes = (r.config.get("data") or {}).get("classes") or range(r.cfg.n_classes)
-    classes = [printable(c) for c in classes]
-    found = [{"image": str(f), "class": classes[l.argmax()], "length": round(float(l.max()), 4),
-              "lengths": {k: round(v, 4) for k,v in zip(classes, l.tolist())}} for f,l in zip(images, lens)]
-    picture = None
-    if recon is not None:
-        titles = [f"{Path(p['image']).name[:14]}: {p['class']} {p['length']:.2f}" for p in found[:100]]
-        figure = vis.prediction_figure(x[:100].float()/255, recon[:100], titles)
-        picture = str(vis.save_figure(figure, Path(out or r.path/"prediction.png")))
-    if json: print(dumps(dict(run=str(run), weights=weights, predictions=found, picture=picture)))
-    else: _show_predictions(found, x, picture, invert)
+    lens,_,recon = tasks.predict(net, torch.stack([s.x for s in seen]), precision=precision)
+    found,classes = _found(r, seen, lens, ready)
+    path = Path(out or r.path/"prediction.png")
+    drawn = _prediction_figure(seen, lens, recon, found, classes, ready)
+    picture = None if drawn is None else str(vis.save_figure(drawn, path))
+    if couplings:
+        who = vis.couplings_figure(r, seen[0].x, classes=classes)
+        vis.save_figure(who, path.with_name(f"{path.stem}-couplings{path.suffix}"))
+    if json: print(dumps(dict(run=str(run or "mnist"), weights=weights, predictions=found, picture=picture)))
+    else: _show_predictions(r, found, seen, picture, invert or ready, recon is None)
     return found
 
+# %% ../nbs/18_commands.ipynb #run-and-images
+def _run_and_images(run, images, weights, modules):
+    "The run and the files: a first word that is a file is an image, for the network in the package"
+    from capsule_routing.pretrained import PRETRAINED
+    images = [images] if isinstance(images, (str, os.PathLike)) else list(images)
+    lone = not images and run is not None and run not in PRETRAINED and not os.path.isdir(run)
+    if run is not None and (os.path.isfile(run) or lone): run,images = None,[run, *images]
+    if not images: raise BadValue("images", None, "needs at least one file")
+    return _load(run or "mnist", weights, modules),images
+
+def _found(r, seen, lens, boxes):
+    "What is said of each picture; no class where no capsule is half as long as it can be"
+    classes = (r.config.get("data") or {}).get("classes") or range(r.cfg.n_classes)
+    classes = [printable(c) for c in classes]
+    found = []
+    for s,l in zip(seen, lens):
+        there = s.there and float(l.max()) >= 0.5
+        found.append({"image": s.image, "class": classes[l.argmax()] if there else None,
+                      "length": round(float(l.max()), 4),
+                      "lengths": {k: round(v, 4) for k,v in zip(classes, l.tolist())}})
+        if boxes: found[-1]["box"] = s.box
+    return found,classes
+
+def _prediction_figure(seen, lens, recon, found, classes, photographs):
+    "The picture of a prediction; None where there is nothing to draw"
+    import torch
+    from capsule_routing import reading, visualize as vis
+    said = [f"{p['class'] or 'no class'} {p['length']:.2f}" for p in found[:100]]
+    if photographs: return reading.photograph_figure(seen, lens, recon, said, classes)
+    if recon is None: return None
+    titles = [f"{Path(p['image']).name[:14]}: {s}" for p,s in zip(found, said)]
+    return vis.prediction_figure(torch.stack([s.x for s in seen[:100]]).float()/255, recon[:100], titles)
+
 # %% ../nbs/18_commands.ipynb #say-prediction
-def _show_predictions(found, x, picture, invert):
+def _show_predictions(r, found, seen, picture, quiet, no_decoder):
     "The classes, and the lengths of all capsules as bars"
-    for p,im in zip(found, x.float()):
-        print(f"{printable(p['image'])}: {p['class']}, length {p['length']:.2f}")
-        wide,edge = max(map(len, p["lengths"])),im[:, [0, -1]].mean()
+    white = (r.config.get("data") or {}).get("border", 0) > 127            # it learnt dark on light
+    for p,s in zip(found, seen):
+        there = f"{p['class']}, length" if p["class"] is not None else "no class is there (longest"
+        where = f" at {','.join(map(str, s.box))}" if s.box else ""
+        print(f"{printable(p['image'])}{where}: {there} {p['length']:.2f}{')'*(p['class'] is None)}")
+        wide,im = max(map(len, p["lengths"])),s.x.float()
         for k,v in p["lengths"].items(): print(f"  {k:<{wide}}  {v:.2f}  {'█'*round(v*40)}".rstrip())
-        if not invert and edge > 127 and edge > im.mean():
+        edge = im[:, [0, -1]].mean()
+        if not (quiet or white) and edge > 127 and edge > im.mean():
             print("  this looks dark on light; if the network learnt light on dark, try --invert")
-    if picture is None: print("no reconstruction: the network was trained without --with_reconstruction")
-    else: print(f"picture   {picture}"+" (the first 100)"*(len(found) > 100))
+    if no_decoder: print("no reconstruction: the network was trained without --with_reconstruction")
+    if picture: print(f"picture   {picture}"+" (the first 100)"*(len(found) > 100))
+
+# %% ../nbs/18_commands.ipynb #film
+def _film(run, gif, dimension, s, named):
+    "The sweep of one number of the pose, of an image of each class"
+    from capsule_routing import explore, pretrained, reading
+    net,ps = None,pretrained.pretrained_poses()
+    if run is not None:
+        r = _load(run, s["weights"], s["import_"])
+        if r.net.decoder is None: raise BadValue("run", run, "has no decoder to draw with")
+        net,ps = r.net,explore.image_poses(r.net, _test_data(r, s, named).test, 1)
+    poses = ps.poses[pretrained.first_of_each(ps.y, 1)]
+    path = reading.write_film(reading.sweep_frames(net or pretrained.pretrained_net(), poses, dimension), gif)
+    _say(film=path)
+    return path
 
 # %% ../nbs/18_commands.ipynb #capsule-explore
 @verb("capsule_explore runs/mnist-1 --out sliders.html --no-open",
       {_data: "data_dir folder test_folder size channels", capsule_train: "import_"},
-      images=IntRange(1, 1000), out=Place(".html"))
+      images=IntRange(1, 1000), out=Place(".html"), gif=Place(".gif", ".mp4"), dimension=IntRange(0))
 def capsule_explore(
     run:str=None, *,       # Run folder; without it the network in the package
     out:str=None,          # The page, an .html file; without it explore.html in the run folder, or here
@@ -594,18 +696,21 @@ def capsule_explore(
     weights:str="last",    # The last weights, or the best, which were picked by their test errors
     dataset:str=None,      # Another data set than the run's own; with --folder other images than its own
     no_open:bool=False,    # Write the page only; do not open it in the browser
+    gif:str=None,          # Write the sweep of one number of the pose as a film instead, a .gif or .mp4
+    dimension:int=0,       # Which number of the pose, for --gif
     **shared,
 ):
     "A page to draw on, with sliders for the numbers of a pose; sliders alone where a browser cannot run the network."
     import webbrowser
     from capsule_routing import draw, runs
     s,named = dict(dataset=dataset, weights=weights, **shared),given()
+    if gif: return _film(run, gif, dimension, s, named)
     if run is None:
         for k in named.intersection(s): raise BadValue(k, s[k], "needs a RUN; the package has its own poses")
         page = draw.draw_page(title="Draw a digit: the network in the package")
     else:
         r = _load(run, weights, s["import_"])
-        if r.net.decoder is None:
+        if getattr(r.net, "decoder", None) is None:
             raise BadValue("run", run, "has no decoder to draw with; train one with --with-reconstruction")
         test = _test_data(r, s, named).test
         page = draw.run_page(r.net, test, images, f"What a capsule sees: {r.path.resolve().name}")

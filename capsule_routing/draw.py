@@ -15,7 +15,7 @@ from pathlib import Path
 from string import Template
 
 import anywidget, numpy as np, torch, traitlets
-from torch import nn, Tensor
+from torch import nn
 
 from ._modidx import d as about
 from .capsnet import CapsNet
@@ -24,11 +24,12 @@ from .data import ImageSet
 from .decoder import mask_capsules
 from .explore import CapsuleExplorer, REACH, STEP, explorer_file, explorer_page, image_poses
 from .measure import class_names, dimension_effects, hint, network_of
+from .prepare import fit_digit
 from .pretrained import PoseSet, first_of_each, pretrained_net, pretrained_poses
 from .routing import route, votes
 from .runs import write_atomic
 from .squash import lengths
-from .strokes import STROKES, digit_strokes, fit_ink, stroke_ink
+from .strokes import STROKES, digit_strokes, stroke_ink
 
 # %% ../nbs/12b_draw.ipynb #runnable
 def browser_can(net:CapsNet):
@@ -102,9 +103,10 @@ def measured_lines() -> str:
     at = files("capsule_routing")/"results"/"draw-browser.json"
     if not at.is_file(): return "All 10,000 test images are not measured yet."
     r = json.loads(at.read_text())
-    return (f"Of {r['n']:,} test images the page and PyTorch name the same class in all but {r['differ']}; lengths differ by at most "
-            f"{r['lengths']:.1e}, with the weights before rounding by {r['lengths_unrounded']:.3f}. A look takes {r['look_ms']:.0f} ms, and from "
-            f"the pen's move to the bars {r['stroke_ms']:.0f} ms (medians; {r['device']}, {r['browser']}).")
+    return (f"Of {r['n']:,} test images the page and PyTorch name the same class in all but {r['differ']}; "
+            f"lengths differ by at most {r['lengths']:.0e}, from those of the weights before rounding by "
+            f"{r['lengths_unrounded']:.3f}. A look takes {r['look_ms']:.0f} ms, and a drawing is on the bars after "
+            f"{r['stroke_ms']:.0f} ms (medians; {r['device']}, {r['browser']}).")
 
 # %% ../nbs/12b_draw.ipynb #markup
 def _element(inside="", **attributes):
@@ -114,11 +116,12 @@ def _element(inside="", **attributes):
             f'{explorer_file("draw.html")}</template>{inside}</capsule-draw>')
 
 # %% ../nbs/12b_draw.ipynb #first-sight
-def _b64(t): return base64.b64encode(t.detach().numpy().astype("<f2").tobytes()).decode()
+def _text(b): return base64.b64encode(b).decode()
+def _b64(t): return _text(t.detach().numpy().astype("<f2").tobytes())
 
 def first_sight(net:CapsNet, strokes:list, most:int=5) -> dict:
     "What the page shows before its weights have come: everything that a network says of one drawing."
-    net,seen = rounded(net),fit_ink(stroke_ink(strokes))
+    net,seen = rounded(net),torch.tensor(fit_digit(stroke_ink(strokes).numpy()))
     with torch.no_grad():
         primary = net.primary(net.trunk(seen[None, None]/255))
         u_hat = votes(primary.pose, net.digit.W)
@@ -128,9 +131,9 @@ def first_sight(net:CapsNet, strokes:list, most:int=5) -> dict:
         v = tr.v[net.cfg.n_iters-1]
         two = lengths(v)[0].topk(2).indices
         paints = net.decoder(mask_capsules(v.expand(2, -1, -1), two)).flatten(1)
-    steps = [dict(c=_b64(tr.c[r]), v=_b64(tr.v[r]), lengths=_b64(lengths(tr.v[r])), adds=_b64(adds[r]))
-             for r in range(most)]
-    return dict(marks=strokes, picture=base64.b64encode(seen.numpy().tobytes()).decode(), steps=steps,
+    each = dict(c=tr.c, v=tr.v, lengths=lengths(tr.v), adds=adds)
+    steps = [{k: _b64(t[r]) for k,t in each.items()} for r in range(most)]
+    return dict(marks=strokes, picture=_text(seen.numpy().tobytes()), steps=steps,
                 primary=_b64(primary.activation), paints={int(j): _b64(p) for j,p in zip(two, paints)})
 
 # %% ../nbs/12b_draw.ipynb #config
@@ -149,7 +152,7 @@ def draw_config(
     if ps is not None: hints = [[hint(e, net.cfg.height) for e in of] for of in dimension_effects(net, ps)]
     starts = [dict(name=k, strokes=digit_strokes(k)) for k in STROKES if k in names]
     if images is not None:
-        def pictures(c): return [base64.b64encode(x.numpy().tobytes()).decode() for x in images.x[images.y == c][:per_class]]
+        def pictures(c): return [_text(x.numpy().tobytes()) for x in images.x[images.y == c][:per_class]]
         starts = [dict(name=k, pictures=p) for c,k in enumerate(names) if (p := pictures(c))]
     return parts,dict(header=header, names=list(names), hints=hints, starts=starts, lessons=lessons,
                       reach=REACH, step=STEP, first=None)
@@ -161,10 +164,11 @@ def draw_page(net:CapsNet=None, ps:PoseSet=None, classes=None, images:ImageSet=N
     if net is None: net,ps = pretrained_net(),ps or pretrained_poses()
     own = about["settings"]
     parts,config = draw_config(net, ps, classes, images, per_class, own["doc_host"]+own["doc_baseurl"]+"/")
-    config |= dict(files={k: base64.b64encode(v).decode() for k,v in parts.items()}, worker=explorer_file("capsnet.js"))
+    config |= dict(files={k: _text(v) for k,v in parts.items()}, worker=explorer_file("capsnet.js"))
     inside = json.dumps(config, ensure_ascii=False).replace("<", "\\u003c")
     element = _element(f'<script type="application/json">{inside}</script>')
-    return Template(explorer_file("draw_page.html")).substitute(title=escape(title), script=explorer_file("draw.js"), element=element)
+    page = Template(explorer_file("draw_page.html"))
+    return page.substitute(title=escape(title), script=explorer_file("draw.js"), element=element)
 
 # %% ../nbs/12b_draw.ipynb #run-page
 def run_page(net:CapsNet, test:ImageSet, per_class:int=20, title:str="What a capsule sees") -> str:
@@ -181,9 +185,11 @@ def write_site(folder):
     parts,config = draw_config(net, ps, lessons="")
     own = ps.poses[torch.arange(len(ps.y)), ps.y]
     first = json.dumps(first_sight(net, digit_strokes("5"))).encode()
-    config |= dict(poses=_b64(own), files={k: f"mnist-{k}.bin?{sha256(v).hexdigest()[:12]}" for k,v in parts.items()},
-                   first=f"first.json?{sha256(first).hexdigest()[:12]}", worker="capsnet.js")
-    out = {f"mnist-{k}.bin": v for k,v in parts.items()} | {"first.json": first, "mnist.json": json.dumps(config).encode()}
+    def named(name, b): return f"{name}?{sha256(b).hexdigest()[:12]}"      # a new file has a new address
+    config |= dict(poses=_b64(own), worker="capsnet.js", first=named("first.json", first),
+                   files={k: named(f"mnist-{k}.bin", v) for k,v in parts.items()})
+    out = {f"mnist-{k}.bin": v for k,v in parts.items()}
+    out |= {"first.json": first, "mnist.json": json.dumps(config).encode()}
     out |= {k: explorer_file(k).encode() for k in ("capsnet.js", "draw.js", "sliders.js")}
     Path(folder).mkdir(parents=True, exist_ok=True)
     for k,v in out.items(): write_atomic(Path(folder)/k, v)
@@ -214,7 +220,8 @@ class SlidersHere(Live):
                     f'aria-label="dimension {d}" min="-{REACH}" max="{REACH}" step="{STEP}" value="0">'
                     f'<output for="dim-{d}">0.00</output><span>{escape(text)}</span></div>')
         def options(names, at):
-            return "".join(f'<option value="{i}"{" selected"*(i == at)}>{escape(n)}</option>' for i,n in enumerate(names))
+            def one(i, n): return f'<option value="{i}"{" selected"*(i == at)}>{escape(n)}</option>'
+            return "".join(one(i, n) for i,n in enumerate(names))
         return Template(explorer_file("sliders.html")).substitute(
             css=explorer_file("sliders.css"), png=self.seen._repr_mimebundle_()["image/png"],
             kinds=options(view.names, k), images=options([str(i+1) for i in range(view.images)], 0),
@@ -230,4 +237,5 @@ class CapsuleDraw(anywidget.AnyWidget):
         if net is None: net,ps = pretrained_net(),ps or pretrained_poses()
         parts,config = draw_config(net, ps, classes, images, per_class)
         super().__init__(config=config, worker=explorer_file("capsnet.js"), **parts,
-            html=f'<style>{explorer_file("draw.css")}</style>{explorer_file("draw.html")}', _esm=explorer_file("draw.js", "draw_widget.js"))
+            html=f'<style>{explorer_file("draw.css")}</style>{explorer_file("draw.html")}',
+            _esm=explorer_file("draw.js", "draw_widget.js"))

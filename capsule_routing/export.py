@@ -41,7 +41,7 @@ class _Answers(nn.Module):
         out = functional_call(self.net[0], {k: weight(i) for i,k in enumerate(self.names)}, (image,))
         return tuple(t for t in out if t is not None)
 
-# %% ../nbs/10e_export.ipynb #export-net
+# %% ../nbs/10e_export.ipynb #formats
 FORMATS = dict(onnx=".onnx", torch=".pt2")   # Name to ending of the file
 NAMES = ("lengths", "poses", "reconstruction") # What a file answers with; the last two where the network has them
 
@@ -52,6 +52,7 @@ def _needs(format):
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
         raise BadValue("format", format, "needs PyTorch 2.6 or newer")
 
+# %% ../nbs/10e_export.ipynb #write
 def _write(net, path, format, x):
     "Record the graph with a batch of any size"
     batch = torch.export.Dim("batch", min=1, max=2**20)
@@ -64,6 +65,7 @@ def _write(net, path, format, x):
                                   input_names=["image"], output_names=names, optimize=False)
         model.save(path)
 
+# %% ../nbs/10e_export.ipynb #load-exported
 def load_exported(
     path, # A file of `export_net`
 ):        # A function from images `(b, c, h, w)`, from 0 to 1, to a tuple of tensors, `NAMES`
@@ -75,7 +77,7 @@ def load_exported(
     s = onnxruntime.InferenceSession(str(path), quiet, providers=["CPUExecutionProvider"])
     return lambda x: tuple(map(torch.from_numpy, s.run(None, {"image": x.numpy()})))
 
-# %% ../nbs/10e_export.ipynb #export-net-2
+# %% ../nbs/10e_export.ipynb #export-net
 def export_net(
     net:nn.Module,      # A network, on the CPU
     path,               # File to write

@@ -49,12 +49,11 @@ def table_around(
 ) -> np.ndarray:  # Which pixels are the table, `(h, w)`; none where there is no sheet on a table
     "The dark surroundings of a bright sheet."
     dark, none = g < otsu(g), np.zeros(g.shape, bool)
-    rim = np.pad(np.zeros((max(g.shape[0] - 2, 0), max(g.shape[1] - 2, 0)), bool), 1,
-                 constant_values=True)[:g.shape[0], :g.shape[1]]
+    rim = np.zeros(g.shape, bool)
+    rim[[0, -1]] = rim[:, [0, -1]] = True
     label, sheet = ndi.label(dark)[0], ndi.label(~dark)[0]
-    table = np.isin(label, np.unique(label[rim & dark]))
-    if not (table & dark).any() or (table & dark)[rim].mean() < 0.3: return none
-    table &= dark
+    table = np.isin(label, np.unique(label[rim & dark])) & dark
+    if table[rim].mean() < 0.3 or dark.all(): return none
     if np.bincount(sheet[~dark]).max() < 0.35*g.size: return none
     lo, hi = np.median(g[table]), np.median(g[~dark])
     step = ndi.maximum_filter(g, 7) - ndi.minimum_filter(g, 7)

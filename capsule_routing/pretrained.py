@@ -51,7 +51,8 @@ def pretrained_net(name:str="mnist") -> nn.Module:
 def pretrained_run(name:str="mnist") -> Run:
     "A network in the package as `load_run` would give it; its folder is the current one."
     rec, net = pretrained_record(name), pretrained_net(name)
-    config = dict(training=rec["training"], data=dict(name=rec["dataset"], classes=rec["classes"]), settings=None)
+    config = dict(training=rec["training"], data=dict(name=rec["dataset"], classes=rec["classes"]), settings=None,
+                  prepare=rec.get("prepare", "none"))
     return Run(Path("."), net, net.cfg, config, rec["runs"][0]["history"])
 
 # %% ../nbs/10b_pretrained.ipynb #pose-set

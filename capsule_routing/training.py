@@ -271,7 +271,8 @@ def describe(
             h.update(str((t.dtype, tuple(t.shape))).encode())
             h.update(t.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return dict(name=data.name, n_train=len(data.train), n_test=len(data.test), classes=list(data.train.classes),
-                image_shape=list(data.train.image_shape), note=data.note, sha256=h.hexdigest())
+                image_shape=list(data.train.image_shape), note=data.note, sha256=h.hexdigest(),
+                border=round(float(data.train.x[:1000, ..., [0, -1]].float().mean()), 2))
 
 def check_fits(net, data:ImageData):
     "One line if the data does not fit the network."

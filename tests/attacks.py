@@ -11,6 +11,7 @@ import torch, torch._dynamo
 from PIL import Image
 from safetensors.torch import load as load_safetensors, save as dump_safetensors
 from capsule_routing import affine, commands, multimnist, results, runs, visualize
+LOADED = affine, multimnist, visualize   # once, before processes part
 from capsule_routing.capsnet import caps_config
 from capsule_routing.data import ImageData, ImageSet
 from capsule_routing.machine import device_name
@@ -68,8 +69,9 @@ def outcome(path):
     tensors, meta, _ = runs.read_tensors(path/runs.LAST)
     return runs.digest(tensors, json.dumps([{k: v for k, v in r.items() if "second" not in k} for r in meta["history"]]))
 
-def kills(n, r, top):
-    want, took, count = {}, {}, {k: dict(survived=0, failed=0) for k in ("moment", "event")}
+def kills(n, r, top, kinds, note):
+    want, took = {}, {}
+    count = {k: kinds.setdefault(f"kill at a random {k}", dict(survived=0, failed=0)) for k in ("moment", "event")}
     for kind in SETTINGS:
         t = time.time()
         code, err = child(lambda: train(kind, top/f"whole {kind}"))
@@ -88,7 +90,7 @@ def kills(n, r, top):
         count[how]["survived" if ok else "failed"] += 1
         if not ok: print(f"kill {i}: {kind}, {how} {at or wait}: {code} {err[-400:]}", file=sys.stderr, flush=True)
         shutil.rmtree(path, ignore_errors=True)
-    return {f"kill at a random {k}": v for k, v in count.items()}
+        note()
 
 # -- mutations --
 
@@ -202,27 +204,34 @@ class Attacks:
         path.write_bytes(data)
         return call("capsule_predict", self.top/"base", path)
 
-def mutations(n, r, top):
-    a, count = Attacks(r, top), {}
+def mutations(n, r, top, kinds, note):
+    a = Attacks(r, top)
     for i in range(n):
         kind = r.choice(["folder", "folder", "results", "line", "picture"])
         code, err = child(getattr(a, kind)(), 90)
         ok = code in (0, 1, 2) and "Traceback" not in err and not any(c in err for c in "\x1b\x07")
-        count.setdefault(f"mutated {kind}", dict(survived=0, failed=0))["survived" if ok else "failed"] += 1
+        kinds.setdefault(f"mutated {kind}", dict(survived=0, failed=0))["survived" if ok else "failed"] += 1
         if not ok: print(f"mutation {i}: {kind}: {code} {err[-700:]}", file=sys.stderr, flush=True)
         for p in top.glob("a[0-9]*"): shutil.rmtree(p, ignore_errors=True)
-    return count
+        note()
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser()
     for k, v in dict(kills=300, mutations=1000, seed=20261).items(): p.add_argument(f"--{k}", type=int, default=v)
     p.add_argument("--out")
-    o = p.parse_args()
+    o, kinds = p.parse_args(), {}
+
+    def note():
+        "Write what was done so far"
+        did = {k: sum(v[k] for v in kinds.values()) for k in ("survived", "failed")}
+        res = dict(command=f"python tests/attacks.py --kills {o.kills} --mutations {o.mutations} --seed {o.seed}", seed=o.seed, n=sum(did.values()), **did, kinds=kinds,
+                   device=device_name(torch.device("cpu")), versions=dict(torch=torch.__version__, python=platform.python_version()))
+        if o.out: Path(o.out).write_text(json.dumps(res, indent=1) + "\n")
+        return res
+
     top = Path(tempfile.mkdtemp())
-    try: kinds = kills(o.kills, random.Random(o.seed), top) | mutations(o.mutations, random.Random(o.seed + 1), top)
+    try:
+        mutations(o.mutations, random.Random(o.seed + 1), top, kinds, note)
+        kills(o.kills, random.Random(o.seed), top, kinds, note)
     finally: shutil.rmtree(top, ignore_errors=True)
-    res = dict(command="python tests/attacks.py " + f"--kills {o.kills} --mutations {o.mutations} --seed {o.seed}", seed=o.seed, n=o.kills + o.mutations,
-               survived=sum(v["survived"] for v in kinds.values()), failed=sum(v["failed"] for v in kinds.values()), kinds=kinds, device=device_name(torch.device("cpu")),
-               versions=dict(torch=torch.__version__, python=platform.python_version()))
-    print(json.dumps(res, indent=1))
-    if o.out: Path(o.out).write_text(json.dumps(res, indent=1) + "\n")
+    print(json.dumps(note(), indent=1))

@@ -70,7 +70,7 @@ def test_links_lead_somewhere(site, parsed):
             if not (got := local(site, page, url)): continue
             p, place = got
             name = Path(os.path.relpath(p, site)).as_posix()
-            if not p.is_file() or (place and name in parsed and place not in parsed[name].ids): broken.append(f"{page}: {url}")
+            if not p.is_file() or name.startswith("..") or (place and name in parsed and place not in parsed[name].ids): broken.append(f"{page}: {url}")
     assert not broken, "\n".join(broken)
 
 def test_nothing_foreign_is_loaded(site): assert postrender.leaks(site) == []
@@ -192,7 +192,7 @@ def test_dark_is_remembered(site, serve, open_page):
 def test_story_in_the_sidebar(site, serve, open_page):
     page = open_page(serve(site)+"squash.html")
     heads = page.locator("#quarto-sidebar .sidebar-item-section > .sidebar-item-container .menu-text").all_inner_texts()
-    assert heads[:2] == ["The lesson", "Play"] and heads[-1] == "Under the hood"
+    assert heads[:2] == ["The lesson", "Play"] and "Under the hood" in heads
     names = page.locator("#quarto-sidebar .menu-text").all_inner_texts()
     assert names[:3] == ["capsule_routing", "A capsule network in sixty lines", "The lesson"] and names.index("Play") == 11   # two pages, and eight of the lesson
 
@@ -221,22 +221,19 @@ def test_equations_and_numbers_on_a_phone(site, serve, open_page, name):
     "The number of an equation does not lie over it"
     page = open_page(serve(site)+name, width=390)
     over = page.evaluate("""() => [...document.querySelectorAll('.katex-display .katex-tag')].filter(t => {
-      const a = t.getBoundingClientRect(), last = [...t.parentElement.querySelectorAll(':scope > .base')].pop().getBoundingClientRect();
+      const a = t.getBoundingClientRect(), last = t.previousElementSibling.getBoundingClientRect();
       return a.left < last.right }).length""")
     assert page.locator(".katex-display .katex-tag").count() and over == 0
 
-@pytest.mark.parametrize("name", ["index.html", "explore.html"])
-def test_explorer_is_live(site, serve, open_page, name):
-    "On the landing page's first screen; the picture follows sliders and class as torch draws it"
+def test_explorer_is_live(site, serve, open_page):
+    "The picture follows sliders and class as torch draws it"
     from test_browser_explore import Torch, agrees, shown
     from capsule_routing.capsnet import CapsNet
     from capsule_routing.pretrained import pretrained_poses
     decode = Torch(CapsNet.from_pretrained("mnist"), pretrained_poses("mnist"))
-    page = open_page(serve(site)+name)
+    page = open_page(serve(site)+"explore.html")
     canvas, handles = shown(page)
     assert len(handles) == 16
-    if name == "index.html":
-        for e in (canvas, handles[0], handles[7]): assert e.bounding_box()["y"]+e.bounding_box()["height"] <= 800
     kind, added = int(page.get_by_label("class", exact=True).input_value() or 0), [0.]*16
     agrees(canvas, decode(kind, 0, added))
     for d in range(16):
@@ -251,7 +248,7 @@ def test_explorer_is_live(site, serve, open_page, name):
 def test_explorer_fits(site, serve, open_page, width):
     "Nothing covers anything: every slider, readout, text and choice has a place of its own inside the page"
     from test_browser_explore import shown
-    page = open_page(serve(site), width=width)
+    page = open_page(serve(site)+"explore.html", width=width)
     shown(page)
     boxes = page.locator(".capsule-rows .widget-hslider, .capsule-view canvas, .capsule-left .widget-dropdown, .capsule-reset").all()
     at = [(b["x"], b["y"], b["x"]+b["width"], b["y"]+b["height"]) for b in (e.bounding_box() for e in boxes)]

@@ -12,7 +12,7 @@ VERBS = [capsule_export, capsule_train, capsule_evaluate, capsule_predict, capsu
 WELL_KNOWN = ("--batch-size 128 --test-batch-size 1000 --epochs 1 --lr 0.001 --no-cuda --seed 1 --log-interval 10 "
               "--routing_iterations 3 --with_reconstruction").split()
 VALUES = dict(decoder_widths=("16,32", (16, 32)), layers=("32x16,4x8", ((32, 16), (4, 8))), parts=("step,Epoch-Compiled", ("step", "epoch_compiled")),
-              rows=("r1,r3", ("r1", "r3")), seeds=("1,2", (1, 2)), import_=("my.module", ("my.module",)))
+              rows=("r1,r3", ("r1", "r3")), seeds=("1,2", (1, 2)), import_=("my.module", ("my.module",)), augment=("shift,Flip", ("shift", "flip")))
 
 
 def options(func):
@@ -119,7 +119,7 @@ def test_bad_options_are_one_line(args, line, capsys, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("func,line", [(capsule_evaluate, "capsule_evaluate: RUN: is missing"), (capsule_predict, "capsule_predict: RUN: is missing")])
+@pytest.mark.parametrize("func,line", [(capsule_evaluate, "capsule_evaluate: RUN: is missing"), (capsule_predict, "capsule_predict: IMAGES: needs at least one file")])
 def test_missing_words(func, line, capsys):
     assert run_verb(func, []) == 2
     assert capsys.readouterr().err.strip() == line

@@ -7,7 +7,8 @@ from capsule_routing.data import ImageSet
 from capsule_routing.decoder import mask_capsules
 from capsule_routing.draw import CapsuleDraw, DrawHere, SlidersHere, Live, browser_can, draw_config, draw_page, int8_weights, rounded, run_page, write_site
 from capsule_routing.explore import explorer_file
-from capsule_routing.strokes import STROKES, digit_strokes, fit_ink, stroke_ink
+from capsule_routing.prepare import fit_digit
+from capsule_routing.strokes import STROKES, digit_strokes, stroke_ink
 
 def tiny(**kw):
     torch.manual_seed(0)
@@ -74,11 +75,11 @@ def test_ink_is_fitted_alike(tmp_path):
     off = torch.zeros(64, 80); off[40:60, 3:8] = 0.5; inks.append(off)
     got = node(tmp_path, "console.log(JSON.stringify(given.inks.map(({ink, h, w}) => [...caps.fitDigit(ink, h, w)])))",
                inks=[dict(ink=i.double().flatten().tolist(), h=i.shape[0], w=i.shape[1]) for i in inks])
-    for ink, pixels in zip(inks, got): assert fit_ink(ink).flatten().tolist() == pixels
+    for ink, pixels in zip(inks, got): assert fit_digit(ink.double().numpy()).flatten().tolist() == pixels
 
 def test_fitted_as_mnist_was():
     ink = torch.zeros(100, 100); ink[10:60, 20:30] = 0.4
-    x = fit_ink(ink)
+    x = torch.tensor(fit_digit(ink.numpy()))
     assert x.shape == (28, 28) and x.max() == 255
     assert (x > 0).any(1).sum() == 20 and (x > 0).any(0).sum() == 4 and (x[4:24, 12:16] == 255).all()
 

@@ -101,3 +101,8 @@ def test_api_is_linked_to_the_paper():
 def test_a_page_can_be_skipped_into():
     html = '<html><body class="nav-fixed"><header></header><main id="quarto-document-content"></main></body></html>'
     assert '<body class="nav-fixed">\n<a class="skip-link" href="#quarto-document-content">' in pr.skippable(html)
+
+def test_files_beside_the_notebooks_lie_in_the_repository():
+    html = '<a class="x" href="../CONTRIBUTING.md">how</a><a href="../LICENSE">l</a><a href="../x.html">x</a>'
+    new = pr.files_of(html, 'https://github.com/me/pkg', 'main')
+    assert 'href="https://github.com/me/pkg/blob/main/CONTRIBUTING.md"' in new and 'main/LICENSE"' in new and 'href="../x.html"' in new

@@ -1,5 +1,5 @@
 "Texts from elsewhere, launchers, launch environments, half precision, results files: one line each, and nothing reaches the terminal."
-import io, json, os, random, warnings
+import io, json, random, warnings
 import pytest, torch
 from capsule_routing import results
 from capsule_routing.capsnet import caps_config
