@@ -158,4 +158,4 @@ def test_a_stopped_table_goes_on_and_an_own_routing_is_a_row(run_cmd, start_cmd,
 
 def test_what_the_table_fixes_is_refused_in_one_line(run_cmd, tmp_path):
     p = run_cmd("capsule_reproduce", "routings", "--epochs", "3", cwd=tmp_path)
-    assert p.returncode == 2 and p.stderr.strip() == "capsule_reproduce: --epochs: can not be chosen for the table routings"
+    assert p.returncode == 2 and p.stderr.strip() == "capsule_reproduce: --epochs 3: can not be chosen for the table routings"
