@@ -276,12 +276,9 @@ d = { 'settings': { 'branch': 'main',
                                           'capsule_routing.commands._parse': ('commands.html#_parse', 'capsule_routing/commands.py'),
                                           'capsule_routing.commands._pictures': ('commands.html#_pictures', 'capsule_routing/commands.py'),
                                           'capsule_routing.commands._plain': ('commands.html#_plain', 'capsule_routing/commands.py'),
-<<<<<<< HEAD
                                           'capsule_routing.commands._plan': ('commands.html#_plan', 'capsule_routing/commands.py'),
-=======
                                           'capsule_routing.commands._prediction_figure': ( 'commands.html#_prediction_figure',
                                                                                            'capsule_routing/commands.py'),
->>>>>>> main
                                           'capsule_routing.commands._read': ('commands.html#_read', 'capsule_routing/commands.py'),
                                           'capsule_routing.commands._ready': ('commands.html#_ready', 'capsule_routing/commands.py'),
                                           'capsule_routing.commands._recorded': ('commands.html#_recorded', 'capsule_routing/commands.py'),
@@ -741,15 +738,10 @@ d = { 'settings': { 'branch': 'main',
                                       'capsule_routing.plan._given_out': ('plan.html#_given_out', 'capsule_routing/plan.py'),
                                       'capsule_routing.plan._step': ('plan.html#_step', 'capsule_routing/plan.py'),
                                       'capsule_routing.plan.class_weights': ('plan.html#class_weights', 'capsule_routing/plan.py'),
-<<<<<<< HEAD
-                                      'capsule_routing.plan.estimate': ('plan.html#estimate', 'capsule_routing/plan.py'),
-                                      'capsule_routing.plan.free_memory': ('plan.html#free_memory', 'capsule_routing/plan.py'),
-=======
                                       'capsule_routing.plan.cnn_for': ('plan.html#cnn_for', 'capsule_routing/plan.py'),
                                       'capsule_routing.plan.estimate': ('plan.html#estimate', 'capsule_routing/plan.py'),
                                       'capsule_routing.plan.free_memory': ('plan.html#free_memory', 'capsule_routing/plan.py'),
                                       'capsule_routing.plan.settings_of': ('plan.html#settings_of', 'capsule_routing/plan.py'),
->>>>>>> main
                                       'capsule_routing.plan.sizes_for': ('plan.html#sizes_for', 'capsule_routing/plan.py'),
                                       'capsule_routing.plan.take_weights': ('plan.html#take_weights', 'capsule_routing/plan.py'),
                                       'capsule_routing.plan.weighted': ('plan.html#weighted', 'capsule_routing/plan.py')},

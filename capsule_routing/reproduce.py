@@ -32,10 +32,7 @@ def step_times(sizes, data, batch_size, device, what=None, shift=MARGIN) -> tupl
     x = torch.rand(n, *sizes.image_shape, device=device)
     return timed(step),timed(lambda: predict(net.eval(), x))/n
 
-<<<<<<< HEAD
 # %% ../nbs/16f_reproduce.ipynb #plan-2
-=======
->>>>>>> main
 def plan_routings(w:Work, rows:list, seeds, im:Images) -> list: # Of (row, runs done, runs in all, seconds left)
     "What is done and what is left of a table of routings."
     b,out = BUDGETS[w.size],[]
@@ -52,10 +49,7 @@ def plan_routings(w:Work, rows:list, seeds, im:Images) -> list: # Of (row, runs 
         out.append((row.name, done, len(seeds), (len(seeds) - done)*run + search))
     return out
 
-<<<<<<< HEAD
 # %% ../nbs/16f_reproduce.ipynb #plan-3
-=======
->>>>>>> main
 def plan_table(table, seeds, data, device, out="runs/reproduce", recipe="paper", epochs=None, limit=None, dataset=None,
                **train) -> list:
     "The same of one of the tables of [Results](13_results.ipynb); a run that is begun counts as not done."
