@@ -58,7 +58,7 @@ def table_around(
     lo, hi = np.median(g[table]), np.median(g[~dark])
     step = ndi.maximum_filter(g, 7) - ndi.minimum_filter(g, 7)
     edge = ndi.binary_dilation(table) & ~table
-    if lo > 0.65*hi or np.median(step[edge]) < 0.5*(hi - lo): return none
+    if lo > 0.65*hi or np.quantile(step[edge], 0.25) < 0.5*(hi - lo): return none
     return ndi.binary_dilation(table, disc(0.015*max(g.shape)))
 
 # %% ../nbs/08c_ink.ipynb #paint-over

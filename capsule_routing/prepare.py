@@ -161,7 +161,7 @@ class Found(NamedTuple):
     picture:np.ndarray # As MNIST's, `(28, 28)`, uint8
     box:tuple          # Left, top, right, bottom, in pixels of the photograph
 
-def _digits(g, table):
+def _digits(g, table, f):
     "The digits' ink and pieces in a working copy"
     if table.any(): g = paint_over(g, table)
     ink = np.where(table, 0, ink_on_paper(g if dark_on_light(g) else 1 - g))
@@ -170,8 +170,9 @@ def _digits(g, table):
     pieces = join_pieces(pieces)
     most = max((p.n for p in pieces), default=0)
     tall = max((p.height for p in pieces if p.n > 0.3*most), default=0)
-    large = [p for p in pieces if p.n > 0.1*most and p.height > 0.4*tall
-             and p.size > 0.03*max(g.shape)]
+    least = max(0.04*max(g.shape), 8*f)                      # 8 pixels of the image
+    large = [p for p in pieces if p.n > max(39, 0.1*most) and p.height > 0.4*tall
+             and p.size > least]
     return [(p, fit_digit(cut_out(p, ink, t, label))) for p in reading_order(large)]
 
 def digits(
@@ -183,6 +184,6 @@ def digits(
         'image', image.shape, 'must be a file, or a numpy array of bytes (h, w)')
     g, f = working_copy(image)
     table = table_around(g)
-    found = _digits(g, table) or (_digits(g, table & False) if table.any() else [])
+    found = _digits(g, table, f) or (_digits(g, table & False, f) if table.any() else [])
     def box(p): return tuple(round(k/f) for k in (p.left, p.top, p.right, p.bottom))
     return [Found(picture, box(p)) for p, picture in found]

@@ -33,7 +33,7 @@ def lead(
 # %% ../nbs/16b_robust.ipynb #slope
 @contextmanager
 def standing(net):
-    "For the length of a `with`, the network answers and its weights stand still; yields its device."
+    "For the length of a `with`, the network answers as in a test, its weights stand still; yields its device."
     weights,was = [p for p in net.parameters() if p.requires_grad],net.training
     net.eval().requires_grad_(False)
     try: yield next(net.parameters()).device
