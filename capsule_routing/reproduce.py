@@ -84,8 +84,7 @@ def reproduce_routings(
 ) -> list:                            # The runs
     "Work on a table of routings, share the work with other processes, and show the table."
     own,device,folder = [get_row(r) for r in rows or [r.name for r in ROWS]],torch.device(device),Path(out)/"routings"
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if device.type == "cuda": device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if not show:
         im,w = table_images(dataset, size, data_dir),Work(size, dataset, folder, device, command, threads)
         if dry_run: return [say(line) for line in plan_lines(plan_routings(w, own, seeds, im))]
