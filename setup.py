@@ -41,7 +41,7 @@ setup(
     exclude_package_data={lib: ['__pycache__/*', '**/__pycache__/*', '*.py[co]', '.*']},
     include_package_data=False,
     install_requires=cfg['requirements'].split(),
-    extras_require={k: cfg[f'{k}_requirements'].split() for k in ('dev','hub','board')},
+    extras_require={k: cfg[f'{k}_requirements'].split() for k in ('dev','hub','board','export')},
     entry_points={
         'console_scripts': cfg['console_scripts'].split(),
         'nbdev': [f'{lib}={lib}._modidx:d'], # lets other nbdev projects link to these names

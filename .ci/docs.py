@@ -46,6 +46,8 @@ def process():
     from nbdev.quarto import refresh_quarto_yml
     from nbdev.serve import proc_nbs
     serve_drv.main = page
+    from capsule_routing.draw import Live
+    Live.building = True # pages get the live elements, not their pictures
     NbdevLookup.link_line,DocmentText.params,DocmentText.__str__ = link_line,property(fields),declared
     refresh_quarto_yml()
     shutil.rmtree('_proc', ignore_errors=True)
@@ -58,6 +60,8 @@ def render(proc):
     shutil.rmtree('_docs', ignore_errors=True) # a failed build leaves no old site behind
     if subprocess.run(['quarto','render','--no-cache'], cwd=proc).returncode: sys.exit('quarto render failed: no site')
     shutil.move(proc/'_docs', '_docs')
+    from capsule_routing.draw import write_site
+    write_site('_docs/capsnet') # scripts and weights of the live elements
 
 def pages(folder, suffix):
     "Fail unless each notebook has its non-empty page in `folder`; Quarto's bear the name without the number"

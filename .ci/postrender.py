@@ -33,7 +33,7 @@ def anywidget():
 def assets():
     "Everything that `site_libs/web` holds, `{name: bytes}`"
     lock = json.loads((here/'web.json').read_text())
-    with tempfile.TemporaryDirectory() as tmp: got = {k:unpack(k, v['version'], v['integrity'], tmp) for k,v in lock.items()}
+    with tempfile.TemporaryDirectory() as tmp: got = {k:unpack(k, v['version'], v['integrity'], tmp) for k,v in lock.items() if not v.get('test')}
     katex = got['katex']
     css = re.sub(r',url\([^)]*\.(woff|ttf)\) format\("\w+"\)', '', katex['dist/katex.min.css'].decode()) # browsers take woff2
     amd = got['@jupyter-widgets/html-manager']['dist/embed-amd.js'].decode()
@@ -66,6 +66,10 @@ def localise(html, root='.', site=None):
 def notebook(page):
     "The notebook of a page: nbdev drops the number, `10b_pretrained` is shown as `pretrained.html`"
     return next((p for p in sorted((here.parent/'nbs').glob('*.ipynb')) if re.sub(r'^\d+[a-zA-Z0-9]*_', '', p.stem).lower()==page.stem), None)
+
+def files_of(html, git_url, branch):
+    "`html` whose links to files beside `nbs`, which are no part of the site, lead to the repository"
+    return re.sub(r'(<a\b[^>]*?\shref=")\.\./([A-Z]+(?:\.md|\.cff)?")', rf'\1{git_url}/blob/{branch}/\2', html)
 
 def open_in(html, nb, git_url, branch):
     "`html` with links below its title that open `nb` in Colab and on its host"
@@ -129,6 +133,7 @@ def main(out):
         used |= names
         nb = notebook(p)
         if 'id="quarto-document-content"' in new and 'class="skip-link"' not in new: new = skippable(new)
+        new = files_of(new, cfg['git_url'], cfg['branch'])
         if nb and 'class="open-in"' not in new: new = open_in(cite(new), nb.name, cfg['git_url'], cfg['branch'])
         if new!=old: p.write_text(new, encoding='utf-8')
     if used:

@@ -21,6 +21,7 @@ from .efficient import EfficientRouting, exp_squash
 from .losses import capsule_loss, margin_loss, reconstruction_loss
 from .decoder import Decoder, mask_capsules
 from .capsnet import CapsConfig, CapsNet, CapsOut, caps_config, count_params
+from .export import export_net, load_exported
 from .baselines import BaselineConfig, BaselineNet, baseline_loss
 from .networks import CapsuleLossConfig, CNNConfig, build_net, config_from_dict
 from .glyphs import Glyphs, make_glyphs
@@ -41,6 +42,7 @@ from .training import fit, new_net
 from .pretrained import PoseSet, pretrained_poses, pretrained_record
 from .visualize import *
 from .explore import CapsuleExplorer, CapsuleView, explorer_page, image_poses
+from .draw import CapsuleDraw, draw_page, int8_weights
 from .results import get_table, read_results, run_row, table_lines
 from .multimnist import MULTI_CAPSNET, PairSet, make_pairs, pair_data, take_apart
 from .affine import affine_images, affine_set, placed_set

@@ -19,8 +19,7 @@ from .layers import Capsules, PrimaryCaps
 from . import attention, controls, efficient, em, selfrouting
 from .decoder import Decoder, mask_capsules
 
-# %% ../nbs/06_capsnet.ipynb #registered
-_REGISTERED = attention,controls,efficient,em,selfrouting # modules whose layers a config can name, once imported
+_REGISTERED = attention,controls,efficient,em,selfrouting # a config can name their layers
 
 # %% ../nbs/06_capsnet.ipynb #sizes-of-all
 class Sizes:

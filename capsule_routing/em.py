@@ -10,6 +10,7 @@ import math
 import torch
 from torch import nn, Tensor
 from torch.nn.functional import logsigmoid
+from fastcore.basics import patch
 from .checks import BadValue, number, whole
 from .registry import routing
 from .routing import RoutingTrace
@@ -56,6 +57,14 @@ def e_step(
     far = (V-mean[:, None])**2/(2*var[:, None])                          # (b, i, j, e)
     return (logsigmoid(logit) - var.log().sum(-1)/2)[:, None] - far.sum(-1)
 
+# %% ../nbs/03c_em.ipynb #side
+def _side(d_in, d_out):
+    "Rows of a pose"
+    p = math.isqrt(d_in)
+    if p*p != d_in: raise BadValue("d_in", d_in, "must be a square number, as 16: a pose is a square matrix")
+    if d_out == d_in: return p
+    raise BadValue("d_out", d_out, f"must be {d_in}, as below: a vote is a matrix like its child")
+
 # %% ../nbs/03c_em.ipynb #em-routing
 @routing("em")
 class EMRouting(CapsuleLayer):
@@ -67,16 +76,14 @@ class EMRouting(CapsuleLayer):
         d_out:int,               # Numbers in an upper pose: as many
         n_iters:int=3,           # Routing iterations: M steps, 1 to 1000
         final_lambda:float=0.01, # Inverse temperature that the iterations approach
-        evidence:float=1000., # What a parent's votes add up to at equal shares of active children; None: their number
+        evidence:float=1000.,    # What a parent's votes add up to at equal shares of active children; None: as is
         beta_u:float=4.,         # First cost of a dimension
         beta_a:float=0.,         # First cost of not being there
-        grid:tuple=None,         # Rows and columns of the children: matrices shared by type, places added to votes
+        grid:tuple=None,         # Rows and columns of the children: matrices by type, places added
         init_std:float=1.,       # Standard deviation of the first weights
     ):
         super().__init__(n_in, d_in, n_out, d_out)
-        p = math.isqrt(d_in)
-        if p*p != d_in: raise BadValue("d_in", d_in, "must be a square number, as 16: a pose is a square matrix")
-        if d_out != d_in: raise BadValue("d_out", d_out, f"must be {d_in}, as below: a vote is a matrix like its child")
+        p = _side(d_in, d_out)
         self.n_iters = whole("n_iters", n_iters, 1, 1000)
         self.final_lambda = number("final_lambda", final_lambda, above=True)
         self.evidence = evidence if evidence is None else number("evidence", evidence, above=True)
@@ -86,34 +93,38 @@ class EMRouting(CapsuleLayer):
         self.beta_u,self.beta_a = (nn.Parameter(torch.full((n_out,), float(number(k, v, -1e6))))
                                    for k,v in dict(beta_u=beta_u, beta_a=beta_a).items())
 
-    def votes(self,
-        u:Tensor,   # Poses of the children, `(b, i, d)`
-    ) -> Tensor:    # Votes, `(b, i, j, d)`
-        "Matrix votes; on a grid the place of the child is added (section 2)."
-        if self.grid is None: return matrix_votes(u, self.W)
-        h,w = self.grid
-        V = matrix_votes(u, self.W.repeat_interleave(h*w, 0)).unflatten(3, self.W.shape[2:])
-        at = torch.cartesian_prod((torch.arange(h)+.5)/h, (torch.arange(w)+.5)/w).to(V)  # (h*w, 2)
-        first = V[..., :2, -1] + at.repeat(len(self.W), 1)[:, None]                      # (b, i, j, 2)
-        right = torch.cat([first, V[..., 2:, -1]], -1)
-        return torch.cat([V[..., :-1], right[..., None]], -1).flatten(3)
-
-    @exact
-    def forward(self, caps, trace=False):
-        "Vote, then fit and assign in turn (Procedure 1)."
-        n_in,_,n_out,_ = self.sizes
-        V,steps = self.votes(caps.pose),[]
-        scale = 1. if self.evidence is None else self.evidence*n_out/n_in
-        b = V.new_zeros(V.shape[:3])                                     # (b, i, j)
-        for r in range(self.n_iters):
-            c,lam = b.softmax(-1),self.final_lambda*(1 - 0.95**(r+1))
-            mean,var,logit = m_step(c, V, caps.activation, self.beta_u, self.beta_a, lam, scale)
-            if trace: steps.append((c, b, mean, logit.sigmoid()))
-            if r < self.n_iters-1: b = e_step(V, mean, var, logit)       # (b, i, j)
-        out = Capsules(mean, logit.sigmoid())
-        return (out,RoutingTrace(*map(torch.stack, zip(*steps)))) if trace else out
-
     def extra_repr(self): return f"{super().extra_repr()}, n_iters={self.n_iters}, grid={self.grid}"
+
+# %% ../nbs/03c_em.ipynb #votes
+@patch
+def votes(self:EMRouting,
+    u:Tensor,   # Poses of the children, `(b, i, d)`
+) -> Tensor:    # Votes, `(b, i, j, d)`
+    "Matrix votes; on a grid the place of the child is added (section 2)."
+    if self.grid is None: return matrix_votes(u, self.W)
+    h,w = self.grid
+    V = matrix_votes(u, self.W.repeat_interleave(h*w, 0)).unflatten(3, self.W.shape[2:])
+    at = torch.cartesian_prod((torch.arange(h)+.5)/h, (torch.arange(w)+.5)/w).to(V)  # (h*w, 2)
+    first = V[..., :2, -1] + at.repeat(len(self.W), 1)[:, None]                      # (b, i, j, 2)
+    right = torch.cat([first, V[..., 2:, -1]], -1)
+    return torch.cat([V[..., :-1], right[..., None]], -1).flatten(3)
+
+# %% ../nbs/03c_em.ipynb #forward
+@patch
+@exact
+def forward(self:EMRouting, caps, trace=False):
+    "Vote, then fit and assign in turn (Procedure 1)."
+    n_in,_,n_out,_ = self.sizes
+    V,steps = self.votes(caps.pose),[]
+    scale = 1. if self.evidence is None else self.evidence*n_out/n_in
+    b = V.new_zeros(V.shape[:3])                                     # (b, i, j)
+    for r in range(self.n_iters):
+        c,lam = b.softmax(-1),self.final_lambda*(1 - 0.95**(r+1))
+        mean,var,logit = m_step(c, V, caps.activation, self.beta_u, self.beta_a, lam, scale)
+        if trace: steps.append((c, b, mean, logit.sigmoid()))
+        if r < self.n_iters-1: b = e_step(V, mean, var, logit)       # (b, i, j)
+    out = Capsules(mean, logit.sigmoid())
+    return (out,RoutingTrace(*map(torch.stack, zip(*steps)))) if trace else out
 
 # %% ../nbs/03c_em.ipynb #places
 def _places(grid, n_in, p):

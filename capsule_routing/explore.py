@@ -143,6 +143,11 @@ class Shown(ipywidgets.Box):
     def _repr_mimebundle_(self, **kwargs):
         return {**super()._repr_mimebundle_(**kwargs), "text/plain": repr(self), "image/png": _png(self.picture())}
 
+# %% ../nbs/12_explore.ipynb #widget-scripts
+def _scripts():
+    "What an anywidget runs, and its style"
+    return dict(_esm=explorer_file("capsnet.js", "decode.js", "widget.js"), _css=explorer_file("widget.css"))
+
 # %% ../nbs/12_explore.ipynb #capsule-explorer
 class CapsuleExplorer(Shown):
     "Sliders for the numbers of a pose, and the picture that the decoder makes of it."
@@ -158,11 +163,11 @@ class CapsuleExplorer(Shown):
         first = 0 if start is None else s["names"].index(one_of("start", str(start), s["names"]))
         move = dict(min=-REACH, max=REACH, step=STEP, readout_format="+.2f")
         self.sliders = [ipywidgets.FloatSlider(description=str(d), **move) for d in range(s["dims"])]
-        self.labels = [ipywidgets.Label(text) for text in s["hints"][first]]
+        self.labels = list(map(ipywidgets.Label, s["hints"][first]))
         self.kind = ipywidgets.Dropdown(options=s["names"], description="class", index=first)
         self.which = ipywidgets.Dropdown(options=[str(k+1) for k in range(s["images"])], description="image")
-        self.view = CapsuleView(sliders=self.sliders, labels=self.labels, choices=[self.kind, self.which], **s,
-                                _esm=explorer_file("decode.js", "widget.js"), _css=explorer_file("widget.css"))
+        self.view = CapsuleView(sliders=self.sliders, labels=self.labels, choices=[self.kind, self.which],
+                                **s, **_scripts())
         says = ipywidgets.Label("What 0.1 more of a dimension does, on average over the class:")
         rows = [ipywidgets.HBox(row).add_class("capsule-row") for row in zip(self.sliders, self.labels)]
         left = ipywidgets.VBox([self.view, self.kind, self.which]).add_class("capsule-left")
@@ -176,7 +181,7 @@ def explorer_page(net=None, poses=None, classes=None, images:int=20, title:str="
     s = {k: base64.b64encode(v).decode() if isinstance(v, bytes) else v for k,v in s.items()}
     page = Template(explorer_file("page.html"))
     return page.substitute(title=escape(title), dims=s["dims"], css=explorer_file("page.css"),
-                           js=explorer_file("decode.js", "page.js"),
+                           js=explorer_file("capsnet.js", "decode.js", "page.js"),
                            state=json.dumps(s, ensure_ascii=False).replace("<", "\\u003c"))
 
 # %% ../nbs/12_explore.ipynb #own-widgets

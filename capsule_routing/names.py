@@ -11,7 +11,7 @@ SCHEDULES = ("paper", "constant", "one_cycle")    # how the learning rate change
 ROUTINGS = ("dynamic", "uniform", "shared", "fc", "em", "self", "attention", "efficient") # of the package
 PRECISIONS = ("auto", "fp32", "bf16")             # arithmetic of the network
 COMPILES = ("off", "on")                          # torch.compile?
-TABLE_NAMES = ("table1", "multimnist", "affnist", "routing") # of the paper, and one more
+TABLE_NAMES = ("table1", "multimnist", "affnist", "routing", "routings") # of the paper, and two more
 BALANCES = dict(paper=0.0005, authors=0.01)       # weights of the reconstruction loss: by the text, by the code
 BENCH_PARTS = ("limits", "script", "step", "shares", "routing", "inference",
                "growth", "epoch", "epoch_compiled")

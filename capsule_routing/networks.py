@@ -74,7 +74,8 @@ class CNN(PlainTrunk):
     "A convolutional network on the capsule network's trunk."
     def __init__(self, cfg:CNNConfig):
         super().__init__(cfg)
-        self.head = nn.Sequential(nn.Linear(cfg.n_features, cfg.hidden), nn.ReLU(), nn.Linear(cfg.hidden, cfg.n_classes))
+        k = cfg.hidden
+        self.head = nn.Sequential(nn.Linear(cfg.n_features, k), nn.ReLU(), nn.Linear(k, cfg.n_classes))
 
     def forward(self,
         x:Tensor,                # Images, `(b, c, h, w)`, from 0 to 1
@@ -98,12 +99,14 @@ class CapsuleLossConfig(CNNConfig):
         "The network of these sizes, its weights random."
         return CapsuleLossCNN(self)
 
+# %% ../nbs/06c_networks.ipynb #capsule-loss-cnn
 class CapsuleLossCNN(PlainTrunk):
     "Squash, margin loss and class-conditional reconstruction on a convolutional network (Gu, Tresp and Hu 2021)."
     def __init__(self, cfg:CapsuleLossConfig):
         super().__init__(cfg)
         self.head = nn.Linear(cfg.n_features, cfg.n_classes*cfg.d_class)
-        self.decoder = None if cfg.decoder is None else Decoder(cfg.n_classes, cfg.d_class, cfg.image_shape, cfg.decoder)
+        sizes = cfg.n_classes,cfg.d_class,cfg.image_shape,cfg.decoder
+        self.decoder = None if cfg.decoder is None else Decoder(*sizes)
 
     def forward(self,
         x:Tensor,                # Images, `(b, c, h, w)`, from 0 to 1

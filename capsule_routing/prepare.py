@@ -10,7 +10,6 @@ __all__ = ['THIN', 'THICK', 'area_average', 'fit_digit', 'is_fitted', 'Piece', '
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 from scipy import ndimage as ndi
 
 from .checks import BadValue

@@ -10,7 +10,6 @@ import shutil, subprocess
 from pathlib import Path
 from typing import NamedTuple, Optional
 
-import numpy as np
 import torch
 from PIL import Image
 from matplotlib.patches import Rectangle
@@ -122,7 +121,8 @@ def write_film(
     path, n = Path(path), len(frames)
     if path.suffix.lower() not in ('.gif', '.mp4'): raise BadValue('gif', str(path), 'must end in .gif or .mp4')
     mp4 = path.suffix.lower() == '.mp4'
-    if mp4 and not shutil.which('ffmpeg'): raise BadValue('gif', str(path), 'needs ffmpeg, which is not here; write a .gif')
+    if mp4 and not shutil.which('ffmpeg'):
+        raise BadValue('gif', str(path), 'needs ffmpeg, which is not here; write a .gif')
     path.parent.mkdir(parents=True, exist_ok=True)
     if not mp4: frames[0].save(path, save_all=True, append_images=frames[1:], duration=int(1000*seconds/n), loop=0)
     else:

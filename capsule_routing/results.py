@@ -116,8 +116,8 @@ def _counted(r):
 def _read_result(file):
     "A results file, or one line that says that it is none."
     with as_file(file) as f: r = read_json(f)
-    bad = next((k for k in FIELDS if k not in r or k == "data" and not {*FIELDS[k]} <= {*r[k]}), None)
     try:
+        bad = next((k for k in FIELDS if k not in r or k == "data" and not {*FIELDS[k]} <= {*r[k]}), None)
         if bad: raise ValueError(f"{bad!r} is missing")
         check_like(r, FIELDS)
         for k,v in r["metrics"].items(): number(f"metrics.{k}", v, -1e300)
@@ -215,7 +215,9 @@ def table_rows(table:Table, results:list) -> list:
     out = [["network", *head, "n", "training", "time of a run", "device"]]
     for row in table.rows:
         for g in same_kind([r for r in results if r["row"] == row.name]) or [[]]:
-            def ours(m): return mean_deviation(o) if (o := [r["metrics"][m] for r in g if m in r["metrics"]]) else "not run"
+            def ours(m):
+                got = [r["metrics"][m] for r in g if m in r["metrics"]]
+                return mean_deviation(got) if got else "not run"
             figures = pairs(lambda m: row.paper.get(m, ""), ours)
             out.append([row.title, *figures, *(_last_columns(g) if g else [""]*4)])
     return out

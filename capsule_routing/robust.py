@@ -33,7 +33,7 @@ def lead(
 # %% ../nbs/16b_robust.ipynb #slope
 @contextmanager
 def standing(net):
-    "For the length of a `with`, the network answers as in a test and its weights ask for no gradient; yields its device."
+    "For the length of a `with`, the network answers as in a test, its weights stand still; yields its device."
     weights,was = [p for p in net.parameters() if p.requires_grad],net.training
     net.eval().requires_grad_(False)
     try: yield next(net.parameters()).device
@@ -95,6 +95,7 @@ class Attacked(NamedTuple):
     still:float              # Share without any gradient, which no attack of this kind can move
     detected:Optional[float] # Share of those wrong that raise the alarm; None without a level or if none is wrong
 
+# %% ../nbs/16b_robust.ipynb #attacked-2
 def attacked(
     net,                        # Network, on its device
     ds,                         # `ImageSet`

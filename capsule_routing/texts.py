@@ -37,7 +37,10 @@ class Screen:
             if e.filename is None: e.filename = self.name
             raise
 
-    def write(self, text): return self._do(self.stream.write, printable(text, self.keep))
+    def write(self, text):
+        if not isinstance(text, str): raise TypeError("text is written here")      # some try bytes first
+        return self._do(self.stream.write, printable(text, self.keep))
+
     def flush(self): return self._do(self.stream.flush)
     def __getattr__(self, k): return getattr(self.stream, k)
 

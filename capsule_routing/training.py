@@ -109,7 +109,8 @@ def end_epoch(self:Trainer):
     self.seconds,self.began = seconds,None                   # the test is not training
     t0 = time.monotonic()
     try: test,counts,n_test = self.test()
-    except BadValue as e: raise TrainingDiverged(f"by the end of epoch {self.epoch} {e.why}; {self.last_good()}") from None
+    except BadValue as e:
+        raise TrainingDiverged(f"by the end of epoch {self.epoch} {e.why}; {self.last_good()}") from None
     errors = int(counts.pop("errors", 0))
     self.history.append(dict(
         epoch=self.epoch, global_step=self.global_step, lr=lr_at(self.global_step - 1, self.cfg, self.steps), n=n,

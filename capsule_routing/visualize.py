@@ -38,6 +38,7 @@ from .tasks import Evaluation, asking, evaluate, predict
 # %% ../nbs/11_visualize.ipynb #picture
 class _Picture(Figure):
     "A matplotlib figure that notebooks show by themselves, and that pyplot knows nothing of."
+    def __repr__(self): return super().__repr__().replace("_Picture", "Figure")
     def _repr_png_(self):
         width,height = (int(72*inches) for inches in self.get_size_inches())
         few = Image.open(_file(self, 144)).convert("RGB").quantize(256)  # sharp, and half as heavy
@@ -106,10 +107,6 @@ def _bar(fig, image, axes, label, **kwargs):
     bar.set_label(label, fontsize=8)
     bar.ax.tick_params(labelsize=7)
 
-def _names(net, classes):
-    "What the classes are called in a figure"
-    return tuple(map(figure_text, class_names(net, classes)))
-
 def _which(net, which, there):
     "A class, by default the longest of some capsules' lengths"
     which = which.item() if isinstance(which, Tensor) and which.ndim == 0 else which
@@ -129,6 +126,10 @@ def reconstruction_figure(net, images:Tensor, target:Tensor, classes=None) -> Fi
     return _grid([*x, *right, *named], titles, len(x), (0.75, 0.85), wrong, labels)
 
 # %% ../nbs/11_visualize.ipynb #right-and-wrong
+def _names(net, classes):
+    "What the classes are called in a figure"
+    return tuple(map(figure_text, class_names(net, classes)))
+
 def worst_mistakes(ev:Evaluation, n:int=24) -> Tensor:
     "Indices of images whose wrong capsule is longest in comparison with the right one, the worst first."
     wrong = (ev.pred != ev.target).nonzero().flatten()
@@ -411,13 +412,14 @@ def meaning_figure(m:Meaning, classes=None) -> Figure:
     "Correlations of dimensions and factors, a matrix for each of some classes, by default all, at most ten."
     shown = [one_of("classes", str(c), m.classes) for c in (m.classes[:10] if classes is None else classes)]
     cols,(d,f),few = min(len(shown), 5),m.corr.shape[1:],len(shown) <= 2
+    factors = [*map(figure_text, m.factors)]
     rows,(wide,high) = math.ceil(len(shown)/cols),(0.36, 0.2) if few else (0.2, 0.13)
     fig,axes = new_figure(1+cols*f*wide, 1.1+rows*(0.3+d*high), rows, cols, sharey=True)
     for ax in axes.flat[len(shown):]: ax.set_axis_off()
     for k,(ax,c) in enumerate(zip(axes.flat, shown)):
         v = m.corr[m.classes.index(c)].numpy()
         texts = np.vectorize("{:.1f}".format)(v.round(1)+0.) if few else ()
-        im = _cells(ax, v, f"class {figure_text(c)}", texts, range(d), [figure_text(f) for f in m.factors], aspect="auto", vmin=-1, vmax=1)
+        im = _cells(ax, v, f"class {figure_text(c)}", texts, range(d), factors, aspect="auto", vmin=-1, vmax=1)
         ax.tick_params(axis="x", rotation=90, labelbottom=k+cols >= len(shown))
         ax.set_yticks(range(0, d, 1 if few else 5))
     for ax in axes[:, 0]: ax.set_ylabel("dimension")
@@ -428,10 +430,11 @@ def meaning_figure(m:Meaning, classes=None) -> Figure:
 def r2_figure(m:Meaning) -> Figure:
     "How much of each factor a linear fit reads out of the pose, on held-out images, class by class."
     (k,f),low,high = m.r2.shape,int(m.n_test.min()),int(m.n_test.max())
+    classes,factors = ([*map(figure_text, o)] for o in (m.classes, m.factors))
     fig,((ax,),) = new_figure(1.6+0.62*f, 1.5+0.27*k)
     title = f"R² on {low}"+f" to {high}"*(low < high)+" held-out images of each class"
     texts = np.vectorize("{:.2f}".format)(m.r2)
-    im = _cells(ax, m.r2.numpy(), title, texts, *([figure_text(t) for t in o] for o in (m.classes, m.factors)), "viridis", aspect="auto", vmin=0, vmax=1)
+    im = _cells(ax, m.r2.numpy(), title, texts, classes, factors, "viridis", aspect="auto", vmin=0, vmax=1)
     ax.tick_params(axis="x", rotation=30)
     ax.set_ylabel("class")
     _bar(fig, im, ax, "R²", extend="min")

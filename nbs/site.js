@@ -33,7 +33,7 @@
     pages.querySelector('#title-block-header')?.append(row);
     fold(remember.get() === 'all' ? 'all' : 'folded');
     const show = () => { // a link may lead into a folded box
-      const at = location.hash && document.getElementById(decodeURIComponent(location.hash.slice(1)));
+      const at = location.hash.length < 2 ? null : document.getElementById(decodeURIComponent(location.hash.slice(1)));
       for (let o = at?.closest('details'); o; o = o.parentElement.closest('details')) o.open = true;
       if (at?.closest('details')) at.scrollIntoView();
     };
@@ -48,6 +48,8 @@
       else if (!wide && o.getAttribute('tabindex') === '0') o.removeAttribute('tabindex');
     }
   };
+  // Quarto's search box has no name.
+  addEventListener('load', () => document.querySelectorAll('.aa-Autocomplete, .aa-DetachedSearchButton').forEach(o => o.setAttribute('aria-label', 'Search')));
   addEventListener('load', reach); addEventListener('resize', reach);
   pages.addEventListener('toggle', reach, true);
 })();

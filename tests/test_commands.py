@@ -5,14 +5,14 @@ import click, pytest
 
 from capsule_routing import commands
 from capsule_routing.checks import BadValue
-from capsule_routing.commands import _parse, capsule_bench, capsule_evaluate, capsule_explore, capsule_predict, capsule_reproduce, capsule_train, command, run_verb, verb
+from capsule_routing.commands import _parse, capsule_bench, capsule_evaluate, capsule_explore, capsule_export, capsule_predict, capsule_reproduce, capsule_train, command, run_verb, verb
 from conftest import TINY
 
-VERBS = [capsule_train, capsule_evaluate, capsule_predict, capsule_explore, capsule_bench, capsule_reproduce]
+VERBS = [capsule_export, capsule_train, capsule_evaluate, capsule_predict, capsule_explore, capsule_bench, capsule_reproduce]
 WELL_KNOWN = ("--batch-size 128 --test-batch-size 1000 --epochs 1 --lr 0.001 --no-cuda --seed 1 --log-interval 10 "
               "--routing_iterations 3 --with_reconstruction").split()
 VALUES = dict(decoder_widths=("16,32", (16, 32)), layers=("32x16,4x8", ((32, 16), (4, 8))), parts=("step,Epoch-Compiled", ("step", "epoch_compiled")),
-              rows=("r1,r3", ("r1", "r3")), seeds=("1,2", (1, 2)), import_=("my.module", ("my.module",)))
+              rows=("r1,r3", ("r1", "r3")), seeds=("1,2", (1, 2)), import_=("my.module", ("my.module",)), augment=("shift,Flip", ("shift", "flip")))
 
 
 def options(func):
@@ -30,7 +30,7 @@ def options(func):
 
 
 CASES = [(f, k, text, want) for f in VERBS for k, text, want in options(f)]
-WORDS = {capsule_train: [], capsule_bench: [], capsule_evaluate: ["RUN"], capsule_explore: ["RUN"], capsule_predict: ["RUN", "a.png"], capsule_reproduce: ["table1"]}
+WORDS = {capsule_export: ["RUN"], capsule_train: [], capsule_bench: [], capsule_evaluate: ["RUN"], capsule_explore: ["RUN"], capsule_predict: ["RUN", "a.png"], capsule_reproduce: ["table1"]}
 
 
 # -- parsing --
@@ -178,7 +178,7 @@ def test_out_of_memory_names_the_options_that_help(capsys):
 
 def test_of_several_processes_the_first_speaks(capsys, monkeypatch):
     from capsule_routing.callbacks import PeerLost
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    for k,v in dict(LOCAL_RANK="1", RANK="1", WORLD_SIZE="2").items(): monkeypatch.setenv(k, v)
     assert run_verb(failing(BadValue("lr", 3, "must be better")), []) == 2 and run_verb(failing(KeyboardInterrupt()), []) == 130
     assert capsys.readouterr().err == ""
     assert run_verb(failing(PeerLost("process 1 of 2 lost another process")), []) == 2 and run_verb(failing(MemoryError()), []) == 2

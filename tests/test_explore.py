@@ -11,6 +11,7 @@ from capsule_routing.explore import (CapsuleExplorer, decoder_bytes, explorer_fi
                                      image_poses, run_images)
 from capsule_routing.measure import EFFECTS, dimension_effects, hint, image_moments
 from capsule_routing.data import ImageSet
+from capsule_routing.draw import run_page
 from capsule_routing.pretrained import PoseSet, pretrained_poses
 from capsule_routing.runs import load_run, save_run
 from conftest import TINY_CONFIG
@@ -153,7 +154,7 @@ def test_javascript_agrees_with_torch(which, mnist, tmp_path):
     g = torch.Generator().manual_seed(1)
     asked = [(k, i, (torch.rand(dims, generator=g)/2 - 0.25).tolist()) for k in range(len(s["names"])) for i in range(2)]
     state = {k: base64.b64encode(v).decode() if isinstance(v, bytes) else v for k, v in s.items()}
-    (tmp_path/"decode.mjs").write_text(explorer_file("decode.js"), encoding="utf-8")
+    (tmp_path/"decode.mjs").write_text(explorer_file("capsnet.js", "decode.js"), encoding="utf-8")
     (tmp_path/"in.json").write_text(json.dumps(dict(state=state, asked=asked)))
     (tmp_path/"run.mjs").write_text(RUN)
     out = subprocess.run(["node", "run.mjs"], cwd=tmp_path, capture_output=True, text=True, encoding="utf-8", timeout=60)
@@ -173,8 +174,10 @@ def test_one_source():
     "The widget and the page carry the same decoding file, and nothing is fetched by either"
     net = tiny()
     ps = own_poses(net.cfg, [0, 1])
-    js = explorer_file("decode.js")
+    js = explorer_file("capsnet.js", "decode.js")
     assert js in explorer_page(net, ps) and CapsuleExplorer(net, ps).view._esm.startswith(js)
+    for name in ("capsnet.js", "draw.js", "sliders.js", "draw.css", "sliders.css", "draw_page.html"):     # these fetch what lies beside them
+        assert not re.search(r"https?:|//cdn|XMLHttpRequest|url\((?!data:)", explorer_file(name)), name
     for name in ("decode.js", "widget.js", "page.js", "widget.css", "page.css", "page.html"):
         text = explorer_file(name)
         assert not re.search(r"https?:|//cdn|fetch\(|XMLHttpRequest|^import |url\(", text, re.M), name
@@ -277,7 +280,7 @@ def test_command_writes_the_page_of_a_run(trained, run_cmd, tmp_path):
     p = run_cmd("capsule_explore", trained.path, "--out", "new/page.html", "--images", "2", "--no-open", cwd=tmp_path)
     assert p.returncode == 0 and p.stderr == "" and p.stdout.startswith("page      new/page.html"), p.stderr
     run = load_run(trained.path)
-    want = explorer_page(run, images=2, title=f"What a capsule sees: {trained.path.name}")
+    want = run_page(run.net, run_images(run), 2, f"What a capsule sees: {trained.path.name}")
     assert (tmp_path/"new/page.html").read_text(encoding="utf-8") == want
     assert [f.name for f in (tmp_path/"new").iterdir()] == ["page.html"]
 
@@ -318,4 +321,4 @@ def test_command_without_a_run(run_cmd, tmp_path):
     "The network in the package, with no data folder and no network connection"
     p = run_cmd("capsule_explore", "--no-open", cwd=tmp_path)
     assert p.returncode == 0 and p.stderr == "", p.stderr
-    assert 3e6 < (tmp_path/"explore.html").stat().st_size < 6e6
+    assert 10e6 < (tmp_path/"explore.html").stat().st_size < 13e6

@@ -76,7 +76,8 @@ def test_the_packages_are_compared_with_the_lock(tmp_path, monkeypatch):
 
 def test_the_lock_names_exact_versions():
     lock = json.loads((top/'.ci/web.json').read_text())
-    assert {'requirejs','jquery','@jupyter-widgets/html-manager','katex'}==set(lock)
+    assert {'requirejs','jquery','@jupyter-widgets/html-manager','katex','axe-core'}==set(lock)
+    assert [k for k,v in lock.items() if v.get('test')]==['axe-core'] # a tool of the tests, no part of the site
     for v in lock.values(): assert v['version'].replace('.','').isdigit() and v['integrity'].startswith('sha512-')
 
 def test_anywidget_comes_from_the_wheel(): assert b'define' in pr.anywidget()
@@ -100,3 +101,8 @@ def test_api_is_linked_to_the_paper():
 def test_a_page_can_be_skipped_into():
     html = '<html><body class="nav-fixed"><header></header><main id="quarto-document-content"></main></body></html>'
     assert '<body class="nav-fixed">\n<a class="skip-link" href="#quarto-document-content">' in pr.skippable(html)
+
+def test_files_beside_the_notebooks_lie_in_the_repository():
+    html = '<a class="x" href="../CONTRIBUTING.md">how</a><a href="../LICENSE">l</a><a href="../x.html">x</a>'
+    new = pr.files_of(html, 'https://github.com/me/pkg', 'main')
+    assert 'href="https://github.com/me/pkg/blob/main/CONTRIBUTING.md"' in new and 'main/LICENSE"' in new and 'href="../x.html"' in new

@@ -56,10 +56,10 @@ def test_any_sizes(kind, options, b, i, d, j, e):
 def test_gradients_are_those_of_finite_differences(kind, options):
     "By pose, activation and each parameter; a stopped gradient is another function on purpose"
     if options == dict(stop_grad=True): return
-    layer,caps = layer_of(kind, **options).double(),capsules(2, 5, 4, dtype=torch.float64)
+    layer,caps = layer_of(kind, 3, 4, 2, **options).double(),capsules(2, 3, 4, dtype=torch.float64)
     keys,values = zip(*layer.named_parameters())
     def f(u, a, *values): return tuple(torch.func.functional_call(layer, dict(zip(keys, values)), (Capsules(u, a),)))
-    assert torch.autograd.gradcheck(f, [o.detach().clone().requires_grad_() for o in (*caps, *values)])
+    assert torch.autograd.gradcheck(f, [o.detach().clone().requires_grad_() for o in (*caps, *values)], fast_mode=True)
 
 
 @each
@@ -146,6 +146,7 @@ def config(kind, **more):
 NETWORKS = {**{k: config(k) for k in KINDS},
             **{c.kind: c(trunk_options=dict(channels=4), n_types=2, d_primary=4, d_class=4, decoder=(8,)) for c in (CNNConfig, CapsuleLossConfig)}}
 each_network = pytest.mark.parametrize("name", NETWORKS)
+def some(*fast): return [k if k in fast else pytest.param(k, marks=pytest.mark.slow) for k in NETWORKS]
 
 @cache
 def glyphs(n, seed):
@@ -176,7 +177,7 @@ def test_every_weight_learns(name):
     assert all(p.grad is not None and p.grad.isfinite().all() and (p.grad != 0).any() for p in net.parameters())
 
 
-@each_network
+@pytest.mark.parametrize("name", some("em", "cnn-capsule-loss"))
 def test_saved_loaded_and_resumed_bit_equal(name, tmp_path):
     cfg,how = NETWORKS[name],TrainConfig(epochs=2, batch_size=8, lr=3e-3, threads=1, precision="fp32")
     whole,rest = new_net(cfg, 1),new_net(cfg, 2)
@@ -188,7 +189,7 @@ def test_saved_loaded_and_resumed_bit_equal(name, tmp_path):
     assert got.cfg == cfg and torch.equal(predict(got.net, glyphs(16, 2)).lengths, predict(whole, glyphs(16, 2)).lengths)
 
 
-@each_kind
+@pytest.mark.parametrize("kind", [k for k in some("em") if getattr(k, "values", [k])[0] in KINDS])
 def test_figures(kind, tmp_path):
     "Couplings where there are some, one line where there are none; the other pictures in any case"
     net,x = new_net(NETWORKS[kind], 1),glyphs(16, 2).x[0]/255
