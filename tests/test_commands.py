@@ -456,7 +456,7 @@ def bad_inputs(t, run, images):
         (train("--out", t/"file"), f"--out: {t/'file'} is a file, not a folder"),
         (train("--out", t/"file"/"x"), f"--out: {t/'file'} is a file, not a folder"),
         (train("--resume"), "--resume: needs --out RUN"),
-        (train("--resume", "--out", t/"nowhere"), f"--out {t/'nowhere'}: no such run folder"),
+        ((capsule_train, ["--resume", "--out", t/"nowhere"]), f"--out {t/'nowhere'}: no such run folder"),
         (train("--dataset", "mnist"), "is only for the data set folder"),
         (train("--folder", t/"nowhere"), f"--folder {t/'nowhere'}: no such folder"),
         (train("--folder", t/"file"), f"--folder {t/'file'}: must be a folder"),
@@ -517,7 +517,7 @@ def test_bad_input_is_one_line_and_nothing_is_lost(folder_run, image_folder, tmp
         code = run_verb(f, args)
         out, err = capsys.readouterr()
         if code != 2 or out or err.count("\n") != 1 or not all(p in err for p in (f.__name__+": ", *parts)): wrong.append((f.__name__, args, parts, code, out, err))
-    assert not wrong, "\n".join(map(str, wrong))
+    assert not wrong, "\n".join(f"{f} {parts}: {code} {out!r} {err!r}" for f, _, parts, code, out, err in wrong)
     assert {p.name: p.read_bytes() for p in folder_run.iterdir()} == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "empty.png", "file", "norun", "text.png"]
 
