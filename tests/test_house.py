@@ -85,7 +85,7 @@ LONG = { # cells, lines of the longest code cell
     '06c_networks': (60, 34),
     '08a_machine': (60, 29),
     '08b_tasks': (60, 32),
-    '08c_prepare': (60, 31),
+    '08c_prepare': (60, 32),
     '09b_callbacks': (60, 34),
     '09c_settings': (60, 41),
     '10_training': (60, 32),
