@@ -175,6 +175,7 @@ def _digits(g, table, f):
              and p.size > least]
     return [(p, fit_digit(cut_out(p, ink, t, label))) for p in reading_order(large)]
 
+# %% ../nbs/08c_prepare.ipynb #digits-of-a-file
 def digits(
     image,     # A file, or grey bytes `(h, w)`
 ) -> list:     # `Found`, in reading order

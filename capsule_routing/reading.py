@@ -57,7 +57,8 @@ def see(
         if not prepare: return [Seen(str(f), read_image(f, *shape, invert), None, True)]
         grey = read_image(f, 1, invert=invert)
         if is_fitted(grey[0].numpy()): return [Seen(str(f), grey, None, bool(grey.max() > 32))]
-        found = [Seen(str(f), torch.from_numpy(d.picture)[None], d.box, True) for d in digits(grey[0].numpy())]
+        found = [Seen(str(f), torch.from_numpy(d.picture)[None], d.box, True)
+                 for d in digits(grey[0].numpy())]
         return found or [Seen(str(f), torch.zeros(shape, dtype=torch.uint8), None, False)]
     return [s for f in images for s in one(f)]
 

@@ -39,10 +39,11 @@ def plan_routings(w:Work, rows:list, seeds, im:Images) -> list: # Of (row, runs 
     for row in rows:
         done = sum(result_file(w, row.name, f"s{s}").exists() for s in seeds)
         file = result_file(w, row.name, "search")
-        trials = len(b.rates) + len(b.decays) - (len(read_json(file)["trials"]) if file.exists() else 0)
+        tried = len(read_json(file)["trials"]) if file.exists() else 0
+        trials = len(b.rates) + len(b.decays) - tried
         step = look = 0.
         if done < len(seeds): step,look = step_times(row_network(row, w.size), im.data, b.batch_size, w.device)
-        attack = b.n_attack*len(RADII)*(b.steps + 3)                    # images that go forth and back
+        attack = b.n_attack*len(RADII)*(b.steps + 3)          # images that go forth and back
         run = (b.epochs*len(im.data.train) + attack)/b.batch_size*step
         run += look*(b.epochs*(b.n_look + b.n_val) + 4*len(im.test))
         search = trials*step*b.trial[0]*b.trial[1]/b.batch_size

@@ -189,11 +189,11 @@ def test_a_small_table_is_run_and_read(glyphs, tmp_path):
     small = (BaselineConfig(height=40, width=40, convs=((4, 5), (4, 5)), pool=True, units=(16,)), TINY)
     t = t._replace(rows=tuple(r._replace(network=n) for r, n in zip(t.rows, small)))
     for row in t.rows:
-        got = run_row(t, row, 1, tmp_path, data=data, epochs=1, batch_size=32, device=torch.device("cpu"))
+        got = run_row(t, row, 1, tmp_path, data=data, epochs=1, batch_size=32, precision="fp32", device=torch.device("cpu"))
         assert got["training"]["shift"] == 6 and got["training"]["stop_at"] == 0.992
         assert got["metrics"]["placed"] == pytest.approx(100 - got["metrics"]["error"], abs=1e-5)
         net = new_net(row.network, 1)
-        fit(net, data, TrainConfig(**{**t.train, "epochs": 1, "batch_size": 32, "seed": 1}), device="cpu")
+        fit(net, data, TrainConfig(**{**t.train, "epochs": 1, "batch_size": 32, "seed": 1, "precision": "fp32"}), device="cpu")
         assert got["metrics"]["affine"] == pytest.approx(100*evaluate(net, affine_set(data.test)).accuracy, abs=1e-5)
     assert "not run" not in table_lines(t, read_results("affnist", tmp_path))
 

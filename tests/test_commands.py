@@ -456,7 +456,7 @@ def bad_inputs(t, run, images):
         (train("--out", t/"file"), f"--out: {t/'file'} is a file, not a folder"),
         (train("--out", t/"file"/"x"), f"--out: {t/'file'} is a file, not a folder"),
         (train("--resume"), "--resume: needs --out RUN"),
-        (train("--resume", "--out", t/"nowhere"), f"--out {t/'nowhere'}: no such run folder"),
+        ((capsule_train, ["--resume", "--out", t/"nowhere"]), f"--out {t/'nowhere'}: no such run folder"),
         (train("--dataset", "mnist"), "is only for the data set folder"),
         (train("--folder", t/"nowhere"), f"--folder {t/'nowhere'}: no such folder"),
         (train("--folder", t/"file"), f"--folder {t/'file'}: must be a folder"),
@@ -494,7 +494,7 @@ def bad_inputs(t, run, images):
         ((capsule_evaluate, [run, "--folder", images/"odd"]), f"--folder {images/'odd'}: its classes are", "zero"),
         ((capsule_evaluate, [run, "--out", t/"file"]), f"--out: {t/'file'} is a file"),
         ((capsule_evaluate, [run, run]), "unexpected"),
-        ((capsule_predict, [run]), "IMAGES: is missing"),
+        ((capsule_predict, [run]), "IMAGES: needs at least one file"),
         ((capsule_predict, [run, images/"one.png", t/"nowhere.png"]), f"{t/'nowhere.png'}: no such image file"),
         ((capsule_predict, [run, images/"one.png", t/"text.png"]), f"{t/'text.png'}: cannot be read as an image"),
         ((capsule_predict, [run, t/"empty.png", images/"one.png"]), f"{t/'empty.png'}: cannot be read as an image: the file is empty"),
@@ -517,7 +517,7 @@ def test_bad_input_is_one_line_and_nothing_is_lost(folder_run, image_folder, tmp
         code = run_verb(f, args)
         out, err = capsys.readouterr()
         if code != 2 or out or err.count("\n") != 1 or not all(p in err for p in (f.__name__+": ", *parts)): wrong.append((f.__name__, args, parts, code, out, err))
-    assert not wrong, "\n".join(map(str, wrong))
+    assert not wrong, "\n".join(f"{f} {parts}: {code} {out!r} {err!r}" for f, _, parts, code, out, err in wrong)
     assert {p.name: p.read_bytes() for p in folder_run.iterdir()} == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "empty.png", "file", "norun", "text.png"]
 
@@ -543,7 +543,7 @@ def test_predict_inverts_and_hints(folder_run, image_folder, tmp_path, capsys):
     assert strip(look(light)) == strip(look(dark, "--invert"))
     assert "no reconstruction" in look(light) and not (folder_run/"prediction.png").exists()
     found = json.loads(look(light, "--json"))["predictions"][0]
-    assert set(found["lengths"]) == {"zero", "one", "two"} and found["class"] == max(found["lengths"], key=found["lengths"].get)
+    assert set(found["lengths"]) == {"zero", "one", "two"} and found["class"] in (None, max(found["lengths"], key=found["lengths"].get))
 
 
 def test_spoilt_run_folders(own_run, seven, capsys):

@@ -45,13 +45,12 @@ def test_light_on_dark_is_found(glyphs):
 
 @pytest.mark.parametrize('kind', ['empty', 'black', 'white', 'noise', 'gradient'])
 @pytest.mark.parametrize('shape', [(300, 400), (1, 1), (2, 90), (28, 28)])
-def test_nothing_is_found_where_nothing_is(kind, shape, tmp_path, capsys):
+def test_nothing_is_found_where_nothing_is(kind, shape):
+    if kind=='noise' and shape==(28, 28): return      # the network says it of that, below
     rng = np.random.default_rng(0)
     a = dict(empty=np.full(shape, 210), black=np.zeros(shape), white=np.full(shape, 255), noise=rng.integers(0, 256, shape),
              gradient=np.linspace(90, 200, shape[1])*np.ones(shape))[kind]
-    Image.fromarray(a.astype(np.uint8)).save(tmp_path/'x.png')
-    assert run_verb(capsule_predict, [tmp_path/'x.png', '--json', '--out', tmp_path/'p.png'])==0
-    assert [p['class'] for p in json.loads(capsys.readouterr().out)['predictions']]==[None]
+    assert digits(a.astype(np.uint8))==[]
 
 def test_predict_reads_a_row_without_a_run(tmp_path, glyphs, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -67,8 +66,13 @@ def test_predict_reads_a_row_without_a_run(tmp_path, glyphs, capsys, monkeypatch
 
 def test_no_class_is_said_in_words(tmp_path, capsys):
     Image.new('L', (200, 200), 220).save(tmp_path/'x.png')
-    assert run_verb(capsule_predict, [tmp_path/'x.png', '--out', tmp_path/'p.png'])==0
-    assert 'no class is there (longest 0.' in capsys.readouterr().out
+    Image.new('L', (28, 28)).save(tmp_path/'black.png')
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (28, 28), dtype=np.uint8)).save(tmp_path/'noise.png')
+    args = [tmp_path/'x.png', tmp_path/'black.png', tmp_path/'noise.png', '--out', tmp_path/'p.png']
+    assert run_verb(capsule_predict, args)==0
+    assert capsys.readouterr().out.count('no class is there (longest 0.')==3
+    assert run_verb(capsule_predict, [*args, '--json'])==0
+    assert [p['class'] for p in json.loads(capsys.readouterr().out)['predictions']]==[None]*3
 
 def test_what_is_as_mnist_already_is_not_touched(glyphs, tmp_path):
     from capsule_routing.reading import see

@@ -26,7 +26,7 @@ from conftest import TINY_CONFIG
 ROW = Row("tiny", "a tiny one", caps_config(**TINY_CONFIG), {"error": "1.0"})
 BASE = Row("base", "a baseline, with dropout", BaselineConfig(convs=((4, 5),), pool=True, units=(8,)))
 TOY = Table("toy", "Toy", "nowhere", (ROW,), lambda data_dir=None, limit=None, dataset=None: load_data("glyphs", limit=limit))
-KW = dict(epochs=3, limit=200, batch_size=32, lr=3e-3, device=torch.device("cpu"))
+KW = dict(epochs=3, limit=200, batch_size=32, lr=3e-3, precision="fp32", device=torch.device("cpu"))
 timeless = lambda r: {k: v for k, v in r.items() if k not in ("seconds", "sessions", "history")} | {"history": [{k: v for k, v in h.items() if "second" not in k} for h in r["history"]]}
 
 
