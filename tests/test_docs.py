@@ -17,7 +17,7 @@ def entries(contents):
 def test_sidebar_names_each_notebook_once():
     names = list(entries(site['website']['sidebar']['contents']))
     assert sorted(names)==[p.name for p in notebooks]
-    assert names[:2]==['index.ipynb', '00_sixty_lines.ipynb']
+    assert names[:2]==['index.ipynb', '12b_draw.ipynb']
     lesson = next(o['contents'] for o in site['website']['sidebar']['contents'] if isinstance(o, dict) and o['section']=='The lesson')
     assert len(lesson)==8 and lesson==sorted(lesson)
 
