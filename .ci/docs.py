@@ -1,6 +1,7 @@
 "Build the documentation: with Quarto where it is on PATH, else nbdev's processing alone, as with `--no-render`; every page must exist."
 import inspect,json,os,re,shutil,subprocess,sys,warnings
 from pathlib import Path
+import traitlets.traitlets
 from fastcore.docments import DocmentText
 from nbdev.doclinks import NbdevLookup
 from nbdev.serve_drv import main as process_page
@@ -8,6 +9,9 @@ from nbdev.serve_drv import main as process_page
 top = Path(__file__).resolve().parent.parent
 
 link_names,parameters,signature = NbdevLookup.link_line,DocmentText.params.fget,DocmentText.__str__
+
+# A name that traitlets has for type checkers only, and that Python 3.11 looks up in the signatures of widgets.
+if not hasattr(traitlets.traitlets, 'Self'): traitlets.traitlets.Self = object
 
 def link_line(self, line):
     "Names of the API become links, but for those that are a link's text already"
