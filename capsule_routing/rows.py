@@ -9,7 +9,6 @@ __all__ = ['ROWS', 'BUDGETS', 'RADII', 'Row', 'caps', 'matrices', 'get_row', 'Bu
 # %% ../nbs/16d_rows.ipynb #imports
 from dataclasses import fields
 from typing import Callable, NamedTuple
-from . import networks # registers its own
 from .affine import affine_set, padded_set, placed_set
 from .checks import BadValue, one_of
 from .data import ImageData, ImageSet, load_data

@@ -84,7 +84,7 @@ def test_imports_are_required():
     """Every top-level package that the modules import is the standard library's, ours, or in `requirements`;
     one of an extra is imported in a `try` or inside a function"""
     def of(key): return {re.split('[<>=]', o)[0] for o in settings()[key].split()}
-    names,extra = of('requirements') | {'PIL','capsule_routing'} | set(sys.stdlib_module_names), of('hub_requirements') | of('board_requirements') # pillow's module is PIL
+    names,extra = of('requirements') | {'PIL','capsule_routing'} | set(sys.stdlib_module_names), of('hub_requirements') | of('board_requirements') | of('export_requirements') # pillow's module is PIL
     def packages(node, late):
         for o in ast.iter_child_nodes(node):
             if isinstance(o, ast.Import): yield from ((a.name.split('.')[0], late) for a in o.names)
