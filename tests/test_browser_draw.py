@@ -138,7 +138,7 @@ def test_keyboard_alone(open_page, serve, folder):
     before = page.evaluate("c => c.toDataURL()", page.locator("#moved").element_handle())
     page.locator("#dim-0").focus(); page.keyboard.press("End")
     page.wait_for_function(f"{ELEMENT}.shadowRoot.getElementById('moved-says').textContent.startsWith('ink')")
-    assert page.evaluate("c => c.toDataURL()", page.locator("#moved").element_handle()) != before
+    page.wait_for_function(f"before => {ELEMENT}.shadowRoot.getElementById('moved').toDataURL() !== before", arg=before)
     assert page.locator("#dim-0").get_attribute("aria-valuetext") == "+0.25"
     page.locator("#bars button").nth(3).focus(); page.keyboard.press("Enter")
     assert page.locator("#h-pose").inner_text() == "Sixteen numbers of your 3"
