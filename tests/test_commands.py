@@ -1,5 +1,5 @@
 "The verbs of the shell: parsing in this process, everything else in real ones."
-import inspect, json, os, shutil, sys, time
+import re, inspect, json, os, shutil, sys, time
 
 import click, pytest
 
