@@ -171,7 +171,7 @@ print(json.dumps(sorted(n for n,r in walk(files('capsule_routing')/'results'))),
 """, site, cwd=tmp_path, env=clean_env())
     here = sorted(p.name for p in (lib/'results').rglob('*.json'))
     assert here and out.split(']')[0]+']' == json.dumps(here)
-    assert int(out.split(']')[1]) == len([p for p in (lib/'results').rglob('*/*.json')])
+    assert int(out.split(']')[1]) == len([p for p in (lib/'results').rglob('*/*.json') if p.parent.name!='routings']) # a table of its own kind
 
 def of_users():
     "Names of the distributions that a user has who installed this package and Jupyter: ours, with all that they require"
