@@ -159,9 +159,12 @@ export function start(root, config) {
       const empty = !picture.some(v => v);
       if (!empty) await load();
       const result = empty ? null : await ask({look: picture, iterations: MOST});
+      const same = result && state.result && picture.every((v, k) => v === state.picture[k]);
       Object.assign(state, {picture, result});
-      if (result) state.kind = order()[0];
-      state.added.fill(0);
+      if (!same) {                                         // a second look at one picture leaves class and sliders
+        if (result) state.kind = order()[0];
+        state.added.fill(0);
+      }
       state.step = state.iterations;
       await showAll();
       if (result) state.times.push(performance.now() - began);
