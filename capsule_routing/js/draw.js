@@ -148,10 +148,13 @@ export function start(root, config) {
 
   // -- from the drawing to everything that is shown --
 
-  async function refresh() {
+  function refresh() {
     showPad();
+    state.added.fill(0);                                   // now: what is moved from here on belongs to the new drawing
+    if (busy) again = true; else look();
+  }
+  async function look() {
     const began = performance.now();
-    if (busy) { again = true; return; }
     busy = true;
     try {
       const [only] = state.marks;
@@ -159,18 +162,14 @@ export function start(root, config) {
       const empty = !picture.some(v => v);
       if (!empty) await load();
       const result = empty ? null : await ask({look: picture, iterations: MOST});
-      const same = result && state.result && picture.every((v, k) => v === state.picture[k]);
       Object.assign(state, {picture, result});
-      if (!same) {                                         // a second look at one picture leaves class and sliders
-        if (result) state.kind = order()[0];
-        state.added.fill(0);
-      }
+      if (result) state.kind = order()[0];
       state.step = state.iterations;
       await showAll();
       if (result) state.times.push(performance.now() - began);
     } catch (error) { console.warn(error); }
     busy = false;
-    if (again) { again = false; refresh(); }
+    if (again) { again = false; look(); }
   }
   const now = () => state.result.steps[state.iterations - 1];
   const order = () => [...now().lengths.keys()].sort((a, b) => now().lengths[b] - now().lengths[a]);
